@@ -1,0 +1,821 @@
+"""
+GPT-2, from the attention formula up, in one file that needs only torch (and requests, to fetch OpenAI's weights).
+
+    python model.py                        # the example use: build it, run it, see what each flag costs
+
+    model = GPT2(GPT2Config(n_layer=4, n_head=4, n_embd=128))
+    logits, _ = model(idx)                 # idx (B, T) token ids -> logits (B, T, vocab_size)
+    _, loss = model(idx, targets)          # targets (B, T), -1 = not counted -> mean cross-entropy in nats
+    model = GPT2.from_pretrained("gpt2")   # OpenAI's weights, or a folder written by save_pretrained
+    model.generate(idx, 100)               # (B, T + 100)
+
+Three changes to the attention, each one boolean flag, free to combine: `rope` (rotary positions), `gqa` (grouped-query
+attention) and `sliding_window`. With none of them this is GPT-2 to the last detail.
+
+Letters in the shape comments: B batch, T tokens, C = n_embd, H = n_head, K = key/value heads, D = C / H head size,
+S = keys attended to, W = window_size, V = vocab_size.
+"""
+import hashlib
+import json
+import math
+import mmap
+import os
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, fields, replace
+from urllib.parse import urljoin
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+@dataclass
+class GPT2Config:
+    """The shape of the model. The defaults are GPT-2 124M. ValueError where the fields contradict each other."""
+    block_size: int = 1024        # the longest text the model is trained on, tokens
+    vocab_size: int = 50257
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0          # after the embeddings, on attention weights and on both residual branches
+    bias: bool = True             # in every Linear and LayerNorm
+    rope: bool = False            # rotary positions (Su et al. 2021, arXiv 2104.09864) in place of the learned ones
+    rope_theta: float = 10000.0   # base of the rotation's wavelengths
+    gqa: bool = False             # grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)
+    n_kv_head: int | None = None  # key/value heads; with gqa alone: the largest divisor of n_head up to a third of it
+    sliding_window: bool = False  # a token sees only the last window_size tokens, itself included (Mistral, 2310.06825)
+    window_size: int | None = None  # with sliding_window alone: a quarter of block_size
+    flash: bool = True            # torch's fused attention kernel; False runs the formula as written out below
+
+    def __post_init__(self):
+        def need(ok, message):
+            if not ok:
+                raise ValueError(message)
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window_size"):
+            value = getattr(self, name)
+            if value is not None or name not in ("n_kv_head", "window_size"):
+                need(type(value) is int and value >= 1, f"{name}={value!r} must be a whole number, 1 or more")
+        for name in ("bias", "rope", "gqa", "sliding_window", "flash"):
+            need(type(getattr(self, name)) is bool, f"{name}={getattr(self, name)!r} must be True or False")
+        for name in ("dropout", "rope_theta"):
+            need(type(getattr(self, name)) in (int, float), f"{name}={getattr(self, name)!r} must be a number")
+        need(0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
+        need(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
+             f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}")
+        need(self.rope or self.rope_theta == 10000.0, f"rope_theta={self.rope_theta} has no effect without rope: add --rope")
+        need(not self.rope or self.head_dim % 2 == 0, f"rope turns pairs: the head size n_embd/n_head={self.head_dim} "
+             f"must be even, so try n_embd={(self.head_dim + 1) * self.n_head}")
+        need(not self.rope or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1 and finite")
+        need(self.gqa or self.n_kv_head is None, f"n_kv_head={self.n_kv_head} has no effect without gqa: add --gqa")
+        if self.gqa and self.n_kv_head is None:
+            self.n_kv_head = max((d for d in range(1, self.n_head // 3 + 1) if self.n_head % d == 0), default=1)
+        need(not self.gqa or self.n_head % self.n_kv_head == 0, f"n_head={self.n_head} is not divisible by "
+             f"n_kv_head={self.n_kv_head}: try one of {[d for d in range(1, self.n_head + 1) if self.n_head % d == 0]}")
+        need(self.sliding_window or self.window_size is None,
+             f"window_size={self.window_size} has no effect without sliding_window: add --sliding_window")
+        if self.sliding_window and self.window_size is None:
+            self.window_size = max(1, self.block_size // 4)
+        need(not self.sliding_window or self.window_size <= self.block_size, f"window_size={self.window_size} is "
+             f"longer than block_size={self.block_size}: choose at most {self.block_size}, or leave out sliding_window")
+
+    @property
+    def head_dim(self):
+        return self.n_embd // self.n_head
+
+    @property
+    def kv_heads(self):
+        return self.n_kv_head if self.gqa else self.n_head
+
+    @property
+    def endless(self):
+        """Whether text can go on for ever: nothing in the model depends on how far from the start a token is."""
+        return self.rope and self.sliding_window
+
+    def cache_bytes(self, tokens=1, bytes_per_number=4):
+        """Size of the key/value cache of one sequence of `tokens` tokens, in bytes."""
+        kept = min(tokens, self.window_size) if self.sliding_window else tokens
+        return 2 * self.n_layer * self.kv_heads * self.head_dim * kept * bytes_per_number
+
+    def flops_per_token(self, tokens=None):
+        """Floating point operations of a forward pass per token, averaged over a text of `tokens` (default
+        block_size): 2 for each weight of a matrix, 4·C per layer for each key that is seen. Training costs 3 times that.
+        (As Kaplan et al. 2020, arXiv 2001.08361, table 1, but counting only keys the mask lets through.)"""
+        T, C = tokens or self.block_size, self.n_embd
+        W = min(self.window_size, T) if self.sliding_window else T
+        keys = (W * (W + 1) / 2 + (T - W) * W) / T                         # mean over i of min(i + 1, W)
+        matrices = self.n_layer * (C * (C + 2 * self.kv_heads * self.head_dim) + C * C + 8 * C * C) + self.vocab_size * C
+        return 2 * matrices + 4 * self.n_layer * C * keys
+
+    def to_json(self):
+        """As Hugging Face's config.json. What GPT-2 cannot express goes under another model_type, so that a reader
+        that knows only GPT-2 refuses the folder instead of loading it wrongly."""
+        plain = self.bias and not (self.rope or self.gqa or self.sliding_window)
+        return {
+            "model_type": "gpt2" if plain else "gpt2-variant",
+            "architectures": ["GPT2LMHeadModel" if plain else "GPT2"],
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+            "n_positions": self.block_size, "n_ctx": self.block_size,
+            "embd_pdrop": self.dropout, "attn_pdrop": self.dropout, "resid_pdrop": self.dropout,
+            "initializer_range": 0.02, "dtype": "float32",
+            "bos_token_id": min(50256, self.vocab_size - 1), "eos_token_id": min(50256, self.vocab_size - 1),
+            **{name: value for name, value in asdict(self).items() if name != "block_size"},
+        }
+
+    @classmethod
+    def from_json(cls, saved):
+        """The inverse of to_json, for any GPT-2 config.json. ValueError for a model that is not GPT-2."""
+        if not isinstance(saved, dict):
+            raise ValueError("config.json does not hold a JSON object")
+        model_type = saved.get("model_type", "gpt2")
+        if model_type not in ("gpt2", "gpt2-variant"):
+            raise ValueError(f"config.json says model_type={str(model_type)[:50]!r}: only GPT-2 can be loaded")
+        gpt2_always = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
+                           tie_word_embeddings=(True,), scale_attn_weights=(True,), add_cross_attention=(False,),
+                           scale_attn_by_inverse_layer_idx=(False,), n_inner=(None, 4 * saved.get("n_embd", 768)
+                                                                     if type(saved.get("n_embd", 768)) is int else None))
+        for name, allowed in gpt2_always.items():
+            if name in saved and saved[name] not in allowed:
+                raise ValueError(f"config.json says {name}={str(saved[name])[:50]}: this model computes only {allowed[0]}")
+        known = {f.name for f in fields(cls)} - {"block_size"}
+        return cls(block_size=saved.get("n_positions", 1024), **{k: saved[k] for k in known if k in saved})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
+    """softmax(q kᵀ / √D + mask) v  (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
+
+    q (..., T, D), k and v (..., S, D) -> (..., T, D). `mask` broadcasts to (..., T, S): boolean, True = may be seen,
+    or numbers to add to the scores."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))                # (..., T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
+
+
+def visible(q_pos, k_pos, window=None):
+    """The one rule of who sees whom, from absolute positions q_pos (T,) and k_pos (S,): (T, S), True where the key is
+    not in the future and, with a window, among the last `window` positions, the token itself included."""
+    distance = q_pos[:, None] - k_pos[None, :]
+    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+
+
+def rotary_tables(positions, head_dim, theta):
+    """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, section 3.2.2)."""
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
+    angle = positions.float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, cos, sin):
+    """Turns the pairs (x_i, x_{i + D/2}) of x (..., T, D): the half-split pairing of Hugging Face's Llama and Mistral,
+    not the interleaved one of the paper; checkpoints of the two are not interchangeable."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+
+
+class KVCache:
+    """The keys and values one layer has seen, (..., K, size, D), allocated once. With a window it is a ring: position p
+    lies at p % size, so `size` = window_size holds all that can still be seen, however long the text."""
+
+    def __init__(self, size, ring=False):
+        self.size, self.ring = size, ring
+        self.length = 0                                                    # positions seen so far
+        self.k = self.v = None
+
+    def extend(self, k, v):
+        """Adds k and v (..., K, T, D). Returns the keys and values to attend to and their positions (S,); the positions
+        are None where every key may be seen by every query."""
+        T, start = k.size(-2), self.length
+        if not self.ring and start + T > self.size:
+            raise ValueError(f"{start + T} tokens do not fit a key/value cache of {self.size}")
+        if self.k is None:
+            self.k, self.v = (x.new_empty(*x.shape[:-2], self.size, x.size(-1)) for x in (k, v))
+        self.length += T
+        if T == 1:
+            # The slot written over held the position that has just left the window. No copy, no mask.
+            at, n = start % self.size, min(self.length, self.size)
+            self.k[..., at, :], self.v[..., at, :] = k[..., 0, :], v[..., 0, :]
+            return self.k[..., :n, :], self.v[..., :n, :], None
+        # Attend to the old keys and all the new ones, and only then write: writing first would drop keys that the
+        # chunk's first tokens still see.
+        n = min(start, self.size)
+        slot = torch.arange(n, device=k.device)
+        positions = torch.cat((start - 1 - (start - 1 - slot) % self.size, torch.arange(start, start + T, device=k.device)))
+        all_k, all_v = (torch.cat((old[..., :n, :], new), dim=-2) if n else new for old, new in ((self.k, k), (self.v, v)))
+        slots = positions[-min(T, self.size):] % self.size
+        self.k[..., slots, :], self.v[..., slots, :] = k[..., -len(slots):, :], v[..., -len(slots):, :]
+        return all_k, all_v, positions
+
+
+class AttentionHead(nn.Module):
+    """All that a head does with its q, k and v: rotate, read and extend the cache, mask, attend. It owns no weights and
+    broadcasts over leading dimensions: one head (B, T, D) and all heads at once (B, H, T, D) are the same code."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.window = config.window_size if config.sliding_window else None
+        self.flash = config.flash
+        self.dropout = config.dropout
+
+    def forward(self, q, k, v, rotary=None, cache=None):
+        """q (..., T, D) or (..., H, T, D), k and v (..., T, D) or (..., K, T, D) -> the shape of q.
+        `rotary`: the tables of these T positions. `cache`: a KVCache that holds what came before them, extended here."""
+        T, past, k_pos = q.size(-2), 0, None
+        if rotary is not None:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+        if cache is not None:
+            past = cache.length
+            k, v, k_pos = cache.extend(k, v)
+        if T == 1:
+            return self.attend(q, k, v)                                    # a cache holds just what this token may see
+        if past:
+            q_pos = torch.arange(past, past + T, device=q.device)
+            return self.attend(q, k, v, mask=visible(q_pos, k_pos, self.window))
+        if self.window is None or T <= self.window:
+            return self.attend(q, k, v, causal=True)
+        return self.attend_window(q, k, v)
+
+    def attend_window(self, q, k, v):
+        """Sliding window attention from the start of a text of T > W tokens, in time and memory that grow with T · W.
+        The first W queries see a plain causal triangle. The rest is cut into blocks of W queries; a block's queries see
+        only its own keys and those of the block before, by a mask of (W, 2W) that is the same for all of them."""
+        T, W = q.size(-2), self.window
+        first = self.attend(q[..., :W, :], k[..., :W, :], v[..., :W, :], causal=True)
+        pad = -T % W
+        # padded keys come after every real query, so no real query sees them
+        q, k, v = (F.pad(x, (0, 0, 0, pad)) for x in (q, k, v))
+        groups = q.size(-3) // k.size(-3) if q.dim() > 3 else 1
+        k, v = (x.repeat_interleave(groups, dim=-3) if groups > 1 else x for x in (k, v))
+        q = q[..., W:, :].unflatten(-2, (-1, W))                           # (..., n, W, D)
+        k, v = (x.unflatten(-2, (-1, W)) for x in (k, v))                  # (..., n + 1, W, D)
+        k, v = (torch.cat((x[..., :-1, :, :], x[..., 1:, :, :]), dim=-2) for x in (k, v))  # (..., n, 2W, D)
+        here = torch.arange(2 * W, device=q.device)
+        mask = visible(here[W:], here, W)                                  # (W, 2W)
+        shape = q.shape
+        q, k, v = (x.flatten(-4, -3) if x.dim() > 4 else x for x in (q, k, v))  # heads and blocks in one dimension
+        rest = self.attend(q, k, v, mask=mask).view(shape).flatten(-3, -2)
+        return torch.cat((first, rest[..., :T - W, :]), dim=-2)
+
+    def attend(self, q, k, v, mask=None, causal=False):
+        """q (..., H, T, D), k and v (..., K, S, D): torch's fused kernel or, with flash=False, the formula."""
+        p = self.dropout if self.training else 0.0
+        grouped = q.dim() > 3 and q.size(-3) != k.size(-3)
+        if grouped and q.size(-2) == 1:
+            # One token per head: the queries of a group share their keys as if they were positions of one head.
+            return self.attend(q.view(*k.shape[:-2], -1, q.size(-1)), k, v).view(q.shape)
+        if grouped and (mask is not None or not self.flash):
+            # the fused kernels take groups or a mask, not both
+            k, v = (x.repeat_interleave(q.size(-3) // x.size(-3), dim=-3) for x in (k, v))
+            grouped = False
+        if self.flash:
+            return F.scaled_dot_product_attention(q, k, v, mask, p, is_causal=causal, enable_gqa=grouped)
+        if causal:
+            here = torch.arange(q.size(-2), device=q.device)
+            mask = visible(here, here)
+        return scaled_dot_product_attention(q, k, v, mask, p)
+
+
+class MultiHeadAttention(nn.Module):
+    """H query heads; with gqa they share K key/value heads, each serving a run of H/K neighbouring query heads."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.sizes = [C, config.kv_heads * config.head_dim, config.kv_heads * config.head_dim]
+        self.head_dim = config.head_dim
+        self.c_attn = nn.Linear(C, sum(self.sizes), bias=config.bias)
+        self.c_proj = nn.Linear(C, C, bias=config.bias)
+        self.head = AttentionHead(config)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x, rotary=None, cache=None):
+        q, k, v = self.c_attn(x).split(self.sizes, dim=-1)                 # (B, T, C), (B, T, K·D), (B, T, K·D)
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
+        y = self.head(q, k, v, rotary, cache)                              # (B, H, T, D)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
+
+
+class PointwiseFeedForward(nn.Module):
+    """The same two-layer network at every position. GPT-2's GELU is the tanh approximation (Hendrycks & Gimpel 2016,
+    arXiv 1606.08415, section 2); the exact one puts OpenAI's logits off by 3e-3."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.attn = MultiHeadAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias)
+        self.mlp = PointwiseFeedForward(config)
+
+    def forward(self, x, rotary=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rotary, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class GPT2(nn.Module):
+    """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters carry Hugging Face's names.
+    The output projection is the token embedding itself (tied), so there is no lm_head to keep in step with it."""
+
+    def __init__(self, config, seed=None):
+        """`seed`: the weights are a function of it; without one they come from torch's global generator."""
+        super().__init__()
+        self.config = config
+        self.grad_checkpoint = False       # recompute each block in the backward pass: less memory, a third more work
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            **({} if config.rope else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
+            drop=nn.Dropout(config.dropout),
+            h=nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
+        ))
+        if not self.transformer.wte.weight.is_meta:
+            with torch.no_grad():
+                for parameter, (_, value) in zip(self.parameters(), self.initial_weights(seed)):
+                    parameter.copy_(value)
+
+    def initial_weights(self, seed=None):
+        """GPT-2's initialisation, (name, tensor) one at a time, on the CPU, so that a model that is spread over devices
+        starts out equal to one that is not: normal with std 0.02, and 0.02/√(2·n_layer) for the projections that add to
+        the residual stream (section 2.3); biases 0; LayerNorm 1."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        for name, p in self.named_parameters():
+            if p.dim() == 1:
+                yield name, torch.full(p.shape, float("ln_" in name and name.endswith("weight")), device="cpu")
+            else:
+                std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                yield name, torch.empty(p.shape, device="cpu").normal_(0, std, generator=generator)
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) token ids -> (logits (B, T, V), None), or with `targets` (B, T), -1 where not counted,
+        (None, mean cross-entropy in nats). `cache`: see new_cache; idx is then what follows what the cache has seen.
+        ValueError for a text longer than block_size, unless `rope` is on."""
+        x = self.hidden(idx, cache)
+        logits = self.project(x)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+
+    def hidden(self, idx, cache=None):
+        """The final hidden states (B, T, C) of idx (B, T)."""
+        config, T, start = self.config, idx.size(1), cache[0].length if cache else 0
+        positions = torch.arange(start, start + T, device=idx.device)
+        x, rotary = self.transformer.wte(idx), None
+        if config.rope:
+            rotary = rotary_tables(positions, config.head_dim, config.rope_theta)
+        elif start + T > config.block_size:
+            raise ValueError(f"a text of {start + T} tokens is longer than block_size={config.block_size}, and learned "
+                             f"positions end there: shorten it, or train with rope")
+        else:
+            x = x + self.transformer.wpe(positions)
+        x = self.transformer.drop(x)
+        for i, block in enumerate(self.transformer.h):
+            if self.grad_checkpoint and self.training:
+                x = checkpoint(block, x, rotary, use_reentrant=False)
+            else:
+                x = block(x, rotary, cache[i] if cache else None)
+        return self.transformer.ln_f(x)
+
+    def project(self, x):
+        """Hidden states (..., C) -> logits (..., V)."""
+        return F.linear(x, self.transformer.wte.weight)
+
+    def new_cache(self, size=None):
+        """An empty key/value cache for `size` tokens (default block_size); a window needs only window_size of them."""
+        c = self.config
+        if c.sliding_window:
+            return [KVCache(c.window_size, ring=True) for _ in range(c.n_layer)]
+        return [KVCache(size or c.block_size) for _ in range(c.n_layer)]
+
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
+                 stop_token=None):
+        """idx (B, T) -> (B, T + max_new_tokens). Arguments as in `stream`. A text that reached its stop_token is filled
+        up with it."""
+        new = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, generator, stop_token))
+        new += [torch.full_like(idx[:, 0], stop_token)] * (max_new_tokens - len(new)) if stop_token is not None else []
+        return torch.cat((idx, *(column[:, None] for column in new)), dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
+               stop_token=None):
+        """Yields the next token of each text, (B,), max_new_tokens times, or until all have met `stop_token`.
+
+        temperature: 0 takes the likeliest token. top_k: only the k likeliest. top_p: only the likeliest that together
+        reach this probability (nucleus sampling, arXiv 1904.09751). generator: a torch.Generator on the model's device.
+        use_cache: keep keys and values; the tokens are the same without, only later.
+
+        With rope and sliding_window a text goes on for ever. Otherwise, where it would outgrow block_size, its last
+        block_size/2 tokens are read anew, as if the text began there."""
+        for name, value, ok, limit in (
+                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"), ("idx", idx.shape, idx.size(1) > 0, "a token at least"),
+                ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
+                ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
+                ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1")):
+            if not ok:
+                raise ValueError(f"{name}={value} must be {limit}")
+        config, start, n, cache = self.config, 0, idx.size(1), None
+        text = torch.cat((idx, idx.new_empty(idx.size(0), max_new_tokens)), dim=1)
+        stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)
+        was_training = self.training
+        self.eval()
+        try:
+            for n in range(n, n + max_new_tokens):
+                if not config.endless and n - start > config.block_size:
+                    start, cache = n - max(1, config.block_size // 2), None
+                if not use_cache:
+                    x = self.hidden(text[:, start:n])
+                elif cache is None:
+                    cache = self.new_cache(min(config.block_size, text.size(1) - start))
+                    x = self.hidden(text[:, start:n], cache)
+                else:
+                    x = self.hidden(text[:, n - 1:n], cache)
+                token = pick(self.project(x[:, -1]), temperature, top_k, top_p, generator)
+                if stop_token is not None:
+                    token = token.masked_fill(stopped, stop_token)
+                    stopped |= token == stop_token
+                text[:, n] = token
+                yield token
+                if stop_token is not None and stopped.all():
+                    return
+        finally:
+            self.train(was_training)
+
+    def save_pretrained(self, folder):
+        """Writes config.json and model.safetensors, in Hugging Face's layout, for from_pretrained and transformers."""
+        os.makedirs(folder, exist_ok=True)
+        with open(os.path.join(folder, "config.json"), "w") as f:
+            json.dump(self.config.to_json(), f, indent=2)
+        parameters = dict(self.named_parameters())
+        write_safetensors(os.path.join(folder, "model.safetensors"), parameters, parameters.values())
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder, **overrides):
+        """"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder -> the model, in evaluation mode. `overrides` are
+        fields of GPT2Config (see read_pretrained). The weights are mapped from the file, not read: they take memory as
+        they are used. ValueError for a file that is damaged or not GPT-2; OSError where there is none."""
+        config, weights, _ = read_pretrained(name_or_folder, **overrides)
+        with torch.device("meta"):
+            model = cls(config)
+        model.load_state_dict(weights, assign=True)
+        return model.requires_grad_().eval()
+
+
+def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """One token (B,) for each row of logits (B, V)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, ids = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:                             # by rank, so that ties do not widen the choice
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
+    probabilities = logits.softmax(dim=-1)
+    if top_p is not None:
+        before = probabilities.cumsum(dim=-1) - probabilities              # what the likelier ones hold already
+        probabilities = probabilities.masked_fill(before >= top_p, 0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return (choice if ids is None else ids.gather(-1, choice))[:, 0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: Hugging Face's folder with config.json and model.safetensors
+
+SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # kept as (in, out)
+IGNORED = ("attn.bias", "attn.masked_bias", "lm_head.weight")              # two constant masks, and the tied embedding
+
+
+def read_pretrained(name_or_folder, **overrides):
+    """-> (config, {parameter: tensor in float32}, [what was changed, in words]).
+
+    Overrides may change what the weights leave open: dropout, flash, a shorter block_size, a window; and convert:
+    gqa mean-pools the key and value heads of each group (arXiv 2305.13245, section 2.1), rope leaves out wpe."""
+    if name_or_folder in SIZES and not os.path.isdir(name_or_folder):
+        paths = [hub_file("openai-community/" + name_or_folder, name) for name in ("config.json", "model.safetensors")]
+    else:
+        paths = [os.path.join(name_or_folder, name) for name in ("config.json", "model.safetensors")]
+        if not os.path.isdir(name_or_folder):
+            raise FileNotFoundError(f"{name_or_folder!r} is no folder; the names known are {', '.join(SIZES)}")
+        if not os.path.exists(paths[1]):
+            others = [name for name in os.listdir(name_or_folder) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+            raise FileNotFoundError(f"{paths[1]} is not there" + (f"; {others[0]} is a pickle, which could run code, and "
+                                    "is not read: convert it with transformers' save_pretrained" if others else ""))
+    with open(paths[0], "rb") as f:
+        try:
+            saved = GPT2Config.from_json(json.loads(f.read()))
+        except (ValueError, RecursionError) as e:
+            raise ValueError(f"{paths[0]}: {e}") from None
+    tensors, _ = read_safetensors(paths[1])
+    return convert(saved, named_weights(saved, tensors, paths[1]), overrides)
+
+
+def named_weights(config, tensors, path):
+    """Picks by name, checks against the shapes that `config` asks for, and turns into (out, in). What is built here is
+    bounded by what the file holds, whatever config.json claims."""
+    tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{path}: config.json asks for {config.n_layer} layers, the file holds {len(tensors)} tensors")
+    if "lm_head.weight" in tensors and "wte.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but in GPT-2 they are one")
+    with torch.device("meta"):
+        wanted = {name.removeprefix("transformer."): p.shape for name, p in GPT2(config).named_parameters()}
+    missing = [name for name in wanted if name not in tensors]
+    extra = [name for name in tensors if name not in wanted and not name.endswith(IGNORED)]
+    if missing or extra:
+        raise ValueError(f"{path}: {'lacks ' + missing[0] if missing else 'holds an unknown ' + extra[0][:80]}"
+                         f" ({len(missing)} missing, {len(extra)} unknown)")
+    weights = {}
+    for name, shape in wanted.items():
+        t = tensors[name].float()
+        t = t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
+        if t.shape != shape:
+            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}")
+        weights["transformer." + name] = t
+    return weights
+
+
+def convert(saved, weights, overrides):
+    """Fits weights of a model `saved` to the config that `overrides` ask for; see read_pretrained."""
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", *(["rope_theta"] if saved.rope else [])):
+        if overrides.get(name, getattr(saved, name)) != getattr(saved, name):
+            raise ValueError(f"{name}={overrides[name]} contradicts the checkpoint, which has {name}={getattr(saved, name)}")
+    for name in ("rope", "gqa"):
+        if getattr(saved, name) and overrides.get(name) is False:
+            raise ValueError(f"the checkpoint was made with {name}, which cannot be taken out again")
+    if overrides.get("sliding_window") is False:
+        overrides.setdefault("window_size", None)
+    if saved.sliding_window and "block_size" in overrides and "window_size" not in overrides:
+        overrides["window_size"] = min(saved.window_size, overrides["block_size"])
+    config, notes = replace(saved, **overrides), []
+    if config.block_size > saved.block_size and not config.rope:
+        raise ValueError(f"block_size={config.block_size} is beyond the {saved.block_size} learned positions of the checkpoint")
+    if config.rope and not saved.rope:
+        del weights["transformer.wpe.weight"]
+        notes.append("rope: the learned positions (wpe) are left out")
+    elif config.block_size < saved.block_size and not config.rope:
+        weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:config.block_size]
+        notes.append(f"block_size: the first {config.block_size} of {saved.block_size} positions are kept")
+    if config.kv_heads != saved.kv_heads:
+        if saved.kv_heads % config.kv_heads:
+            raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's {saved.kv_heads} key/value heads")
+        for name in [name for name in weights if "c_attn" in name]:
+            q, k, v = weights[name].split([saved.n_embd] + 2 * [saved.kv_heads * saved.head_dim])
+            k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).mean(1).flatten(0, 1) for x in (k, v))
+            weights[name] = torch.cat((q, k, v))
+        notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}")
+    if config.sliding_window and (config.window_size < (saved.window_size or saved.block_size)):
+        notes.append(f"sliding_window: the weights are used as they are, with a window of {config.window_size}")
+    return config, weights, notes
+
+
+def read_safetensors(path):
+    """-> ({name: tensor}, {metadata}); the tensors are mapped from the file, copy-on-write. The format: 8 bytes with the
+    header's length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the numbers. ValueError for a file that
+    is damaged in any way; nothing in it is ever run, and nothing is allocated on its word."""
+    def need(ok, message):
+        if not ok:
+            raise ValueError(f"{path}: {message}")
+    with open(path, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        start = f.read(8)
+        need(not start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
+             "is a pickle, not safetensors: it could run code and is not read")
+        need(len(start) == 8, f"is cut short: {size} bytes")
+        length = int.from_bytes(start, "little")
+        need(8 + length <= size, f"is damaged or cut short: its header claims {length:,} bytes, the file has {size:,}")
+        try:
+            header = json.loads(f.read(length))
+        except (ValueError, RecursionError):
+            need(False, "its header is not JSON: the file is damaged")
+        need(isinstance(header, dict), "its header is no JSON object")
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    metadata, tensors, spans = header.pop("__metadata__", {}), {}, []
+    need(isinstance(metadata, dict), "its __metadata__ is no JSON object")
+    for name, entry in header.items():
+        need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys(), f"{name[:80]!r} has no dtype, shape or data_offsets")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        for numbers in (shape, offsets):
+            need(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers), f"{name[:80]!r} has a wrong shape or offset")
+        if name.endswith(IGNORED[:2]):                                     # old exports keep masks as bytes or booleans
+            continue
+        need(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
+             f"{name[:80]!r} has dtype {str(entry['dtype'])[:20]!r}; read are {', '.join(DTYPES)}")
+        need(len(offsets) == 2 and len(shape) <= 8, f"{name[:80]!r} has a wrong shape or offset")
+        dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
+        need(begin <= end <= size - 8 - length, f"{name[:80]!r} reaches beyond the end of the file, which is cut short or damaged")
+        need(math.prod(shape) * dtype.itemsize == end - begin, f"{name[:80]!r} has {end - begin} bytes for shape {str(shape)[:80]}")
+        spans.append((begin, end, name))
+        if begin == end:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif (8 + length + begin) % dtype.itemsize == 0:
+            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=8 + length + begin).view(shape)
+        else:                                                              # a header that does not align what follows
+            raw = bytearray(mapped[8 + length + begin:8 + length + end])
+            tensors[name] = torch.frombuffer(raw, dtype=dtype).view(shape)
+    spans.sort()
+    for (_, end, a), (begin, _, b) in zip(spans, spans[1:]):
+        need(end <= begin, f"{a[:80]!r} and {b[:80]!r} overlap")
+    return tensors, metadata
+
+
+def write_safetensors(path, shapes, tensors, metadata=None):
+    """Writes `tensors`, one at a time in the order of `shapes` ({parameter: anything with a .shape}), as float32 in
+    Hugging Face's layout. An iterator keeps memory at one tensor. Ends with the bytes on the disk."""
+    header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name, like in shapes.items():
+        shape = list(like.shape)[::-1] if name.endswith(TRANSPOSED) else list(like.shape)
+        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset := offset + 4 * math.prod(shape)]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                        # so that the numbers are aligned
+    with open(path, "wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in zip(shapes, tensors):
+            tensor = tensor.detach().float().cpu()
+            f.write((tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().numpy().data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+def hub_file(repo, name, kind=""):
+    """The path of a file of the Hugging Face hub, downloaded at most once. HF_ENDPOINT names a mirror, HF_TOKEN opens
+    private files, HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids the network. Files that transformers has already
+    fetched are used where they lie. `kind`: "" for models, "datasets/" for data sets."""
+    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
+    folder = os.path.join(home, "hub", f"{kind.replace('/', '--') or 'models--'}{repo.replace('/', '--')}")
+    revision = "main"
+    if os.path.exists(ref := os.path.join(folder, "refs", "main")):
+        with open(ref) as f:
+            revision = re.fullmatch(r"[0-9a-f]{40}|", f.read().strip()).group() or "main"
+    for path in (os.path.join(folder, "snapshots", r, name) for r in (revision, "main")):
+        if os.path.exists(path):
+            return path
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise FileNotFoundError(f"HF_HUB_OFFLINE is set and {path} is not there: copy {name} of {repo} to that place")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    token = os.environ.get("HF_TOKEN")
+    return download(f"{endpoint}/{kind}{repo}/resolve/main/{name}", path, token=token)
+
+
+def download(url, path, sha256=None, token=None, tries=5):
+    """Fetches url to `path` and returns `path`. The bytes go to path.part, which a later call continues with a Range
+    request; they are checked against `sha256`, or the hash that the hub announces, and moved into place whole.
+    ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong."""
+    import requests
+    part, mirror = path + ".part", " (behind a proxy or a mirror? set HTTPS_PROXY or HF_ENDPOINT)"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    for attempt in range(tries):
+        try:
+            size, announced = announcement(url, token)
+            expected = sha256 or announced
+            fetch(url, part, size, token)
+            break
+        except (requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.ConnectionError) as e:
+            if attempt == tries - 1 or (not os.path.exists(part) and attempt):
+                kept = f"; {os.path.getsize(part):,} bytes are kept, run it again to go on" if os.path.exists(part) else ""
+                raise ConnectionError(f"{url}: {type(e).__name__}: the connection failed{kept or mirror}") from None
+            time.sleep(min(2 ** attempt, 10) / 4)
+    if size is not None and os.path.getsize(part) != size:
+        got = os.path.getsize(part)
+        if got > size:
+            os.remove(part)
+        raise ConnectionError(f"{url}: {got:,} bytes came, {size:,} were announced: run it again")
+    if expected is None:
+        print(f"{os.path.basename(path)}: the server announces no hash, so only the size was checked", file=sys.stderr)
+    elif file_hash(part, expected) != expected:
+        os.remove(part)
+        raise ConnectionError(f"{url}: the hash of what came is not {expected}: the file was discarded, try again")
+    os.replace(part, path)
+    return path
+
+
+def announcement(url, token):
+    """-> (size or None, hash or None), asked before the redirect, where alone the hub tells them: X-Linked-Etag is a
+    file's sha256; the ETag of a small file is git's sha1 of it."""
+    import requests
+    for _ in range(5):
+        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
+        reply = requests.head(url, headers=headers, allow_redirects=False, timeout=(10, 30))
+        check_status(reply, url)
+        etag = (reply.headers.get("X-Linked-Etag") or reply.headers.get("ETag") or "").removeprefix("W/").strip('"').lower()
+        size = reply.headers.get("X-Linked-Size") or (reply.headers.get("Content-Length") if reply.status_code == 200 else None)
+        location = reply.headers.get("Location", "")
+        if reply.status_code == 200 or "X-Linked-Etag" in reply.headers or not location.startswith("/") or location.startswith("//"):
+            known = re.fullmatch(r"[0-9a-f]{64}", etag) if "X-Linked-Etag" in reply.headers else re.fullmatch(r"[0-9a-f]{40}", etag)
+            return int(size) if size and size.isdigit() else None, etag if known else None
+        url = urljoin(url, location)                                       # a relative redirect stays on this host
+    raise ConnectionError(f"{url}: too many redirects")
+
+
+def fetch(url, part, size, token):
+    """Appends to `part` what is missing of url, with a progress line."""
+    import requests
+    have = os.path.getsize(part) if os.path.exists(part) else 0
+    if size is not None and have == size:
+        return
+    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {}),
+               **({"Authorization": f"Bearer {token}"} if token else {})}
+    # requests itself drops Authorization when a redirect leads to another host
+    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
+        if reply.status_code == 416:                                       # our part is no beginning of this file
+            os.remove(part)
+            raise requests.ConnectionError("stale part")
+        check_status(reply, url)
+        if have and not (reply.status_code == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")):
+            have = 0                                                       # the server starts over, and so do we
+        if size is None and reply.headers.get("Content-Length", "").isdigit():
+            size = have + int(reply.headers["Content-Length"])
+        began, shown, at_start = time.time(), 0.0, have
+        with open(part, "ab" if have else "wb") as f:
+            for chunk in reply.iter_content(1 << 20):
+                f.write(chunk)
+                have += len(chunk)
+                now = time.time()
+                if now - shown > (0.2 if sys.stderr.isatty() else 10) or have == size:
+                    shown, rate = now, (have - at_start) / max(now - began, 1e-9)
+                    done = f"{have / 1e6:,.1f}" + (f" of {size / 1e6:,.1f} MB  {have / size:4.0%}" if size else " MB")
+                    left = f"  {(size - have) / max(rate, 1):,.0f} s left" if size else ""
+                    print(f"{os.path.basename(part)[:-5]}  {done}  {rate / 1e6:.1f} MB/s{left}   ",
+                          end="\r" if sys.stderr.isatty() and have != size else "\n", file=sys.stderr, flush=True)
+            f.flush()
+            os.fsync(f.fileno())
+        if size is not None and have < size:
+            raise requests.ConnectionError("cut short")
+
+
+def check_status(reply, url):
+    cure = {401: "it asks for a token: set HF_TOKEN", 403: "access is refused: is HF_TOKEN right?", 404: "there is no such file"}
+    if reply.status_code >= 400:
+        raise ConnectionError(f"{url}: HTTP {reply.status_code}: {cure.get(reply.status_code, 'the server refused: try again later')}")
+
+
+def file_hash(path, expected):
+    """sha256 of a file, or git's blob sha1 where `expected` is of that length."""
+    digest = hashlib.sha256() if len(expected) == 64 else hashlib.sha1(b"blob %d\0" % os.path.getsize(path))
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Example use
+
+
+def main():
+    config = GPT2Config(block_size=64, vocab_size=1000, n_layer=2, n_head=4, n_embd=64)
+    model = GPT2(config, seed=1337)
+    input_ids = torch.randint(config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(1337))
+    logits, _ = model(input_ids)
+    _, loss = model(input_ids[:, :-1], input_ids[:, 1:])
+    print(config)
+    print(f"input_ids {tuple(input_ids.shape)} -> logits {tuple(logits.shape)}, standard deviation {logits.std():.4f}")
+    print(f"loss {loss:.4f} nats (an even guess over {config.vocab_size} tokens: {math.log(config.vocab_size):.4f})")
+    print(f"greedy continuation: {model.generate(input_ids[:1], 8, temperature=0)[0, 16:].tolist()}\n")
+
+    print("GPT-2 124M at 1024 tokens, what each flag changes (cache of one text in bfloat16, FLOPs of a forward pass):\n")
+    print(f"{'':16}{'parameters':>13}{'cache, B/token':>16}{'cache, full':>13}{'MFLOPs/token':>14}")
+    flags = {"plain": {}, "rope": dict(rope=True), "gqa": dict(gqa=True), "sliding_window": dict(sliding_window=True)}
+    flags["all three"] = {**flags["rope"], **flags["gqa"], **flags["sliding_window"]}
+    for name, flag in flags.items():
+        config = GPT2Config(**flag)
+        with torch.device("meta"):                                         # shapes without numbers
+            parameters = GPT2(config).num_parameters()
+        print(f"{name:16}{parameters:13,}{config.cache_bytes(1, 2):16,}{config.cache_bytes(config.block_size, 2) / 1e6:10.2f} MB"
+              f"{config.flops_per_token() / 1e6:14.1f}")
+    print(f"\ngqa: {GPT2Config(gqa=True).n_kv_head} key/value heads for 12 query heads; "
+          f"sliding_window: {GPT2Config(sliding_window=True).window_size} tokens")
+
+
+if __name__ == "__main__":
+    main()
