@@ -1,0 +1,918 @@
+"""
+Trains a GPT-2. One device, DDP or FSDP: the script sees by itself which.
+
+    python train.py                                          # one process: Python's own source, minutes on two CPU cores
+    torchrun --standalone --nproc_per_node=4 train.py        # Distributed Data Parallel: every process has the model
+    torchrun --standalone --nproc_per_node=4 train.py --fsdp # Fully Sharded Data Parallel: every process has 1/4 of it
+    python train.py --init_from=resume                       # goes on where the run in out_dir stopped
+    python train.py --init_from=gpt2 --dataset=shakespeare   # fine-tunes OpenAI's weights
+    python train.py --help                                   # every flag
+
+What is computed at a step is a function of the flags, the seed and the step alone. Neither the number of processes, nor
+the mode, nor a stop in between changes it (beyond the order in which floating point numbers are added).
+"""
+import glob
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, refuse
+from model import GPT2, SIZES, GPT2Config, convert, read_pretrained, read_safetensors, write_safetensors
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The flags. GPT2Config's are added to them.
+
+
+def flag(default, text, runtime=False):
+    """runtime: belongs to the machine and the moment, so a resumed run does not take it over from the checkpoint."""
+    return field(default=default, metadata=dict(help=text, runtime=runtime))
+
+
+@dataclass
+class Run:
+    init_from: str = flag("scratch", f"scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), {', '.join(SIZES)}, or a folder with a checkpoint", True)
+    out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", True)
+    dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or a folder with token files")
+    seed: int = flag(1337, "of initial weights, data order and dropout")
+    batch_size: int = flag(8, "texts of block_size tokens that one process computes at a time")
+    gradient_accumulation_steps: int = flag(4, "such batches in a step, over all processes together")
+    max_iters: int = flag(2000, "steps")
+    learning_rate: float = flag(2e-3, "highest learning rate")
+    decay_lr: bool = flag(True, "warm up, then decay along a cosine")
+    warmup_iters: int = flag(100, "steps of warm-up")
+    lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]")
+    min_lr: float = flag(None, "lowest learning rate [learning_rate / 10]")
+    weight_decay: float = flag(0.1, "AdamW's, on matrices only")
+    beta1: float = flag(0.9, "AdamW's")
+    beta2: float = flag(0.99, "AdamW's")
+    grad_clip: float = flag(1.0, "largest gradient norm, 0 = unlimited")
+    grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", True)
+    eval_interval: int = flag(250, "steps between evaluations, each followed by a checkpoint")
+    eval_iters: int = flag(20, "batches of training and of validation data in an evaluation, all processes together")
+    eval_only: bool = flag(False, "evaluate once and stop", True)
+    always_save_checkpoint: bool = flag(True, "False: save only when the validation loss is the best so far")
+    log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl")
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", True)
+    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", True)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", True)
+    dtype: str = flag("auto", "auto, float32, bfloat16, float16", True)
+    compile: str = flag("auto", "torch.compile: auto, True, False", True)
+    tensorboard: bool = flag(False, "log to out_dir/tensorboard too", True)
+    wandb: bool = flag(False, "log to Weights & Biases too", True)
+    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", True)
+
+
+# Without --init_from the model is small enough to learn something on a CPU in minutes. From trained weights the steps
+# are few and gentle, and the best model is kept.
+SMALL = dict(block_size=128, n_layer=4, n_head=4, n_embd=128)
+FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200, batch_size=4, gradient_accumulation_steps=8,
+                eval_interval=20, eval_iters=10, log_interval=1, always_save_checkpoint=False)
+SHAPE = {f.name: f for f in fields(GPT2Config)}
+RUN = {f.name: f for f in fields(Run)}
+
+
+def options():
+    def kind(f):
+        return next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).replace("<class '", ""))
+    shown = {f.name: f.default for f in (*RUN.values(), *SHAPE.values())} | SMALL | dict(vocab_size=None, plot="")
+    return {name: (kind(f), shown[name], f.metadata.get("help", "")) for name, f in {**RUN, **SHAPE}.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The processes that share the work
+
+
+class Agreed(ValueError):
+    """An error that every process knows of, so that one of them tells it."""
+
+
+class Team:
+    """This process among those that torchrun started, or alone. All that needs torch.distributed is in this section."""
+
+    def __init__(self):
+        self.distributed = "RANK" in os.environ
+        self.rank, self.size, self.local_rank, self.local_size = (
+            int(os.environ.get(name, default)) for name, default in
+            (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        self.chief = self.rank == 0
+
+    def join(self, device, backend):
+        """Small messages travel over gloo, tensors over `backend`; a wait may last as long as a download."""
+        if self.distributed:
+            backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+            backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend
+            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+    def say(self, *words):
+        if self.chief:
+            print(*words, flush=True)
+
+    def agree(self, work):
+        """work()'s result; if it fails in any process, all of them stop."""
+        result = error = None
+        try:
+            result = work()
+        except (ValueError, OSError) as e:
+            error = str(e) or type(e).__name__
+        if self.distributed:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error, group=self.patient)
+            told = [(rank, e) for rank, e in enumerate(errors) if e]
+            error = told and told[0][1] + ("" if len(told) == self.size else f" (process {told[0][0]} of {self.size})")
+        if error:
+            raise Agreed(error)
+        return result
+
+    def one_first(self, work):
+        """Process 0 works, then the first of every other machine (which finds all done if they share a disk)."""
+        self.agree(lambda: self.chief and work())
+        self.agree(lambda: self.local_rank == 0 and work())
+
+    def same(self, what, value):
+        """ValueError unless `value` is that of process 0."""
+        if self.distributed:
+            values = [None] * self.size
+            dist.all_gather_object(values, value, group=self.patient)
+            odd = [rank for rank, v in enumerate(values) if v != values[0]]
+            if odd:
+                raise Agreed(f"process {odd[0]} of {self.size} has other {what}: {values[odd[0]]}, process 0 has {values[0]}")
+
+    def total(self, values, device):
+        """The sum over all processes of a few numbers, as Python floats; the one point where a step waits for the GPU."""
+        values = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in values])
+        if self.distributed:
+            dist.all_reduce(values)
+        return values.tolist()
+
+    def prepare(self, model, device, fsdp, bf16, compiled):
+        """A model without weights (on the meta device) -> the same, sharded or not, with room for them."""
+        if fsdp:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+            mesh = dist.init_device_mesh(device.type, (self.size,))
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+            for block in model.transformer.h:
+                if compiled:
+                    block.compile()                                        # in place: parameter names stay as they are
+                fully_shard(block, mesh=mesh, mp_policy=policy)
+            fully_shard(model, mesh=mesh, mp_policy=policy)                # the root holds the embeddings
+        elif compiled:
+            model.compile()
+        return model.to_empty(device=device)
+
+    def wrap(self, model, fsdp):
+        if fsdp or not self.distributed:
+            return model
+        return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    @staticmethod
+    def set_sync(net, last):
+        """Gradients are exchanged only in the last batch of a step. To be called before its forward pass."""
+        if isinstance(net, torch.nn.parallel.DistributedDataParallel):
+            net.require_backward_grad_sync = last
+        elif hasattr(net, "set_requires_gradient_sync"):
+            net.set_requires_gradient_sync(last)
+
+    def leave(self):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def gathered(t):
+    """The whole of a tensor that may be sharded. Every process must call it."""
+    return (t.full_tensor() if isinstance(t, DTensor) else t).detach()
+
+
+@torch.no_grad()
+def fill(tensor, whole):
+    """Copies `whole`, or this process's shard of it, into `tensor`."""
+    if isinstance(tensor, DTensor):
+        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements, src_data_rank=None)
+        tensor, whole = tensor.to_local(), whole.to_local()
+    tensor.copy_(whole)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Tokens(Dataset):
+    """Token files cut into windows of block_size tokens. Item i: x and y, (T,) int64, y being x one token later.
+    Reads raw uint16 (nanoGPT's) and llm.c's shards; the files are mapped, so they may be larger than memory."""
+
+    def __init__(self, paths, block_size, vocab_size, expected=None):
+        self.T, self.V, self.paths = block_size, vocab_size, paths
+        self.files = [self.open(path) for path in paths]
+        self.tokens = sum(map(len, self.files))
+        if expected is not None and self.tokens != expected:
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, prepare it anew")
+        self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
+        if not len(self):
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one window of block_size={block_size} and one "
+                             f"more: use a smaller --block_size or more text")
+        for i in {0, len(self) - 1}:
+            self[i]
+
+    @staticmethod
+    def open(path):
+        size = os.path.getsize(path)
+        header = np.fromfile(path, dtype="<i4", count=256)
+        if len(header) > 2 and header[0] == 20240520:                      # llm.c: 256 int32, then uint16
+            if header[1] != 1 or size != 1024 + 2 * int(header[2]):
+                raise ValueError(f"{path}: a shard of version {header[1]} with {header[2]:,} tokens would be version 1 with "
+                                 f"{1024 + 2 * int(header[2]):,} bytes, not {size:,}: it is cut short or damaged, fetch it anew")
+            return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+        if size % 2 or not size:
+            raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew")
+        return np.memmap(path, dtype="<u2", mode="r")
+
+    def fingerprint(self):
+        """Tells two data sets apart without reading them whole."""
+        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 1000)])) for f in self.files[:4]]
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        x, y = self.__getitems__([i])
+        return x[0], y[0]
+
+    def __getitems__(self, indices):
+        windows = np.empty((len(indices), self.T + 1), dtype=np.int64)
+        for row, i in zip(windows, indices, strict=True):
+            file = int(np.searchsorted(self.ends, i, side="right"))
+            start = (i - (int(self.ends[file - 1]) if file else 0)) * self.T
+            row[:] = self.files[file][start:start + self.T + 1]
+            if row.max() >= self.V:
+                raise ValueError(f"{self.paths[file]} holds token {row.max()}, beyond the vocabulary of {self.V}: "
+                                 "it was made with another tokenizer")
+        windows = torch.from_numpy(windows)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+class Order(DistributedSampler):
+    """torch's DistributedSampler, begun at any point and without an end: the epochs' permutations follow each other as
+    one line of windows, of which process r of R takes every R-th. So a step reads the same windows whatever R is, each
+    window comes once an epoch, and the place in the line is one number: windows consumed, by all processes together."""
+
+    def __init__(self, dataset, team, seed, consumed):
+        super().__init__(dataset, team.size, team.rank, shuffle=True, seed=seed)
+        self.consumed = consumed
+
+    def __iter__(self):
+        consumed, n = self.consumed, len(self.dataset)
+        while True:
+            self.set_epoch(consumed // n)
+            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + self.epoch))
+            for i in order[consumed % n + (self.rank - consumed) % self.num_replicas::self.num_replicas]:
+                yield int(i)
+            consumed = (self.epoch + 1) * n
+
+
+def find_data(name):
+    """-> (folder, {"train": [paths], "val": [paths]}) of a data set that has been prepared."""
+    folder = name if os.path.isdir(name) else os.path.join(DATA, name)
+    found = {split: sorted(glob.glob(os.path.join(glob.escape(folder), f"*{split}*.bin"))) for split in ("train", "val")}
+    for split, paths in found.items():
+        if not paths:
+            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}: run python data/prepare.py "
+                                    + (name if name in DATASETS else f"PATH... --name={name}"))
+    return folder, found
+
+
+def token_counts(folder):
+    """What meta.json says of the token files, {} if nothing."""
+    try:
+        with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
+            return json.load(f).get("tokens", {})
+    except FileNotFoundError:
+        return {}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints. The files of a step are written to .saving, which then becomes .saved in one rename: from there on the
+# checkpoint is complete, and moving its files into out_dir can be repeated after whatever interrupts it.
+
+FILES = ("config.json", "meta.json", "model.safetensors", "training_state.pt")
+
+
+def settle(out_dir):
+    """Finishes an interrupted save: a complete one is moved into place, an incomplete one removed. The checkpoint that
+    was there goes to out_dir/previous."""
+    shutil.rmtree(os.path.join(out_dir, ".saving"), ignore_errors=True)
+    saved, previous = os.path.join(out_dir, ".saved"), os.path.join(out_dir, "previous")
+    if not os.path.isdir(saved):
+        return
+    os.makedirs(previous, exist_ok=True)
+    for name in FILES:
+        new, here, old = (os.path.join(folder, name) for folder in (saved, out_dir, previous))
+        if os.path.exists(new):
+            if os.path.exists(here):
+                if os.path.exists(old):
+                    os.remove(old)
+                try:
+                    os.link(here, old)                                     # so that the file never misses in out_dir
+                except OSError:
+                    os.replace(here, old)
+            os.replace(new, here)
+    os.rmdir(saved)
+
+
+def save(team, out_dir, model, optimizer, tokenizer, state):
+    """Writes the checkpoint of state["step"]; every process must call it, process 0 writes, one tensor in memory."""
+    folder, names = os.path.join(out_dir, ".saving"), {id(p): name for name, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    tensors = (gathered(p).cpu() for p in parameters.values())
+
+    def write(name, text):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as f:
+            f.write(json.dumps(text, indent=2))
+            f.flush()
+            os.fsync(f.fileno())
+
+    def write_weights():
+        os.makedirs(out_dir, exist_ok=True)
+        settle(out_dir)
+        os.makedirs(folder)
+        write("config.json", model.config.to_json())
+        write("meta.json", tokenizer.to_json())
+        write_safetensors(os.path.join(folder, "model.safetensors"), parameters, tensors, {"step": str(state["step"])})
+
+    def write_state():
+        with open(os.path.join(folder, "training_state.pt"), "wb") as f:
+            torch.save({**state, "optimizer": moments}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.rename(folder, os.path.join(out_dir, ".saved"))
+        settle(out_dir)
+
+    def attempt(work):
+        try:
+            work()
+        except (OSError, RuntimeError) as e:                               # torch.save reports a full disk as RuntimeError
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"the checkpoint of step {state['step']} cannot be saved in {out_dir}: {e}; "
+                          "the one before it is untouched") from None
+        finally:
+            for _ in tensors:                                              # the other processes are gathering too
+                pass
+    team.agree(lambda: attempt(write_weights if team.chief else lambda: None))
+    moments = {}
+    for p, values in optimizer.state.items():
+        whole = {key: gathered(v).cpu() if v.dim() else v.cpu() for key, v in values.items()}
+        if team.chief:
+            moments[names[id(p)]] = whole
+    team.agree(lambda: attempt(write_state if team.chief else lambda: None))
+
+
+def load_state(out_dir):
+    """training_state.pt, mapped; ValueError if it is damaged or of another step than the weights beside it."""
+    path, cure = os.path.join(out_dir, "training_state.pt"), ""
+    if os.path.exists(os.path.join(out_dir, "previous", "training_state.pt")):
+        cure = f"; the checkpoint before it is in {os.path.join(out_dir, 'previous')}: copy its files to {out_dir} to go on from there"
+    try:
+        _, metadata = read_safetensors(os.path.join(out_dir, "model.safetensors"))
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        step = state["step"]
+        assert {"windows", "best_val_loss", "evaluated", "run", "optimizer"} <= state.keys()
+    except OSError as e:
+        raise FileNotFoundError(f"{e}{cure}") from None
+    except Exception as e:                                                 # whatever a damaged archive makes torch raise
+        reason = str(e) if isinstance(e, ValueError) else f"{path} is damaged ({type(e).__name__})"
+        raise ValueError(reason + cure) from None
+    if metadata.get("step") != str(step):
+        raise ValueError(f"{out_dir}: the weights are of step {metadata.get('step')}, training_state.pt is of step {step}{cure}")
+    return state
+
+
+def restore(optimizer, model, saved):
+    """The optimizer's moments, or this process's shards of them."""
+    for name, p in model.named_parameters():
+        if name not in saved or saved[name]["exp_avg"].shape != p.shape:
+            raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
+        optimizer.state[p] = {"step": saved[name]["step"].clone().to(p.device)}
+        for key in ("exp_avg", "exp_avg_sq"):
+            optimizer.state[p][key] = torch.zeros_like(p)
+            fill(optimizer.state[p][key], saved[name][key])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a person sees
+
+
+class Log:
+    """metrics.jsonl, one aligned line a step on the screen, and TensorBoard or Weights & Biases if asked for."""
+
+    def __init__(self, run, config, step):
+        self.run, self.path = run, os.path.join(run.out_dir, "metrics.jsonl")
+        self.live, self.width = sys.stdout.isatty(), 0
+        os.makedirs(run.out_dir, exist_ok=True)
+        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step else []
+        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
+            f.writelines(line + "\n" for line in kept)
+        os.replace(self.path + ".part", self.path)
+        self.file, self.sinks = open(self.path, "a"), []
+        if run.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
+            self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"])
+        if run.wandb:
+            import wandb
+            wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
+            self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
+
+    def record(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink(values)
+
+    def line(self, text, stay=True):
+        """In a terminal the line renews itself until one stays; a log file gets only those that stay."""
+        if self.live:
+            if stay or len(text) <= shutil.get_terminal_size().columns:
+                print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
+                self.width = 0 if stay else len(text)
+        elif stay:
+            print(text, flush=True)
+
+
+def read_metrics(out_dir):
+    """The records of metrics.jsonl; a line cut short by a crash is passed over."""
+    records, path = [], os.path.join(out_dir, "metrics.jsonl")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as f:
+            for line in f:
+                try:
+                    record = json.loads(line)
+                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                        records.append(record)
+                except ValueError:
+                    pass
+    return records
+
+
+def clock(seconds):
+    seconds = int(seconds)
+    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"
+
+
+def memory(device):
+    """Peak memory of this process in bytes: the GPU's, or resident memory; 0 where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def peak_flops(device, dtype):
+    """What the device could do, in FLOP/s (dense, from the maker's data sheet), or None."""
+    if device.type != "cuda" or dtype == torch.float32:
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+             "4090": 165e12, "3090": 71e12, "A10": 125e12, "T4": 65e12, "V100": 125e12}
+    return next((flops for part, flops in peaks.items() if part in name), None)
+
+
+def plot(out_dirs, path):
+    """Loss curves as an SVG that any browser opens, light or dark: training thin, validation with dots."""
+    colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
+    curves = []
+    for i, out_dir in enumerate(out_dirs):
+        records, color = read_metrics(out_dir), colors[i % len(colors)]
+        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+        val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        if not train and not val:
+            raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
+        curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
+    points = [p for _, _, train, val in curves for p in train + val]
+    x1 = max(max(x for x, _ in points), 1)
+    low, high = min(y for _, y in points), max(y for _, y in points)
+    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    X, Y, W, H = 64, 24, 640, 340                                          # the plot's place in a picture of 760 x 420
+
+    def at(x, y):
+        return f"{X + W * x / x1:.1f},{Y + H * (high - y) / (high - low):.1f}"
+
+    def ticks(lo, hi):
+        size = 10 ** math.floor(math.log10(hi - lo))
+        size = next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (hi - lo) / (size * m) <= 7)
+        return [k * size for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)]
+    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" font-family="system-ui, sans-serif" font-size="12">',
+           "<style>svg{background:#fff} text{fill:#222} .grid{stroke:#ddd} .axis{stroke:#222} @media (prefers-color-scheme:dark)"
+           "{svg{background:#14161a} text{fill:#ddd} .grid{stroke:#333} .axis{stroke:#ddd}}</style>"]
+    for y in ticks(low, high):
+        px, py = at(0, y).split(",")
+        svg.append(f'<path class="grid" d="M{px},{py}h{W}"/><text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+    for x in ticks(0, x1):
+        px = at(x, low).split(",")[0]
+        svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.4g}</text>')
+    svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/><text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
+               f'step</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+    for i, (name, color, train, val) in enumerate(curves):
+        line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
+        svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
+        svg.append(line.format(2, 1, " ".join(at(*p) for p in val)))
+        svg += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{color}"/>' for p in (at(*p) for p in val)]
+        best = f", best {min(y for _, y in val):.4f}" if val else ""
+        name = name.replace("&", "&amp;").replace("<", "&lt;")
+        y = Y + 16 + 18 * i
+        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/><circle cx="{X + W - 238}" cy="{y - 4}" r="3" '
+                   f'fill="{color}"/><text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
+    with open(path + ".part", "w", encoding="utf-8") as f:
+        f.write("\n".join(svg + ["</svg>\n"]))
+    os.replace(path + ".part", path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choices made by the script, each told with its reason
+
+
+def choose_device(name, team):
+    why = "as asked"
+    if name == "auto":
+        name, why = (("cuda", "a GPU is there") if torch.cuda.is_available() else
+                     ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() else ("cpu", "no GPU is there"))
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        refuse(f"--device={name} is not known: use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if team.local_size > count or (device.index or 0) >= count:
+            raise Agreed(f"{team.local_size} processes on this machine, --device={name}, but {count} GPUs: "
+                         f"use --nproc_per_node={max(count, 1)}, or --device=cpu")
+        device = torch.device("cuda", team.local_rank if team.distributed else device.index or 0)
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
+        why += f": {torch.cuda.get_device_name(device)}"
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise Agreed("--device=mps, but there is no Apple GPU here: use --device=cpu")
+    elif device.type == "cpu":
+        why += f", {torch.get_num_threads()} threads"
+    return device, why
+
+
+def choose_dtype(run, device):
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if run.dtype != "auto" and run.dtype not in known:
+        refuse(f"--dtype={run.dtype} is not known: use auto, {', '.join(known)}")
+    if run.dtype != "auto":
+        name, why = run.dtype, "as asked"
+    elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name, why = ("float32", "this GPU has no bfloat16, and FSDP no loss scaling") if run.fsdp else ("float16", "this GPU has no bfloat16")
+    else:
+        name, why = ("bfloat16", "the GPU has it") if device.type == "cuda" else ("float32", f"exact, on {device.type}")
+    if name == "float16" and (run.fsdp or device.type != "cuda"):
+        refuse(f"--dtype=float16 needs loss scaling, which {'FSDP lacks' if run.fsdp else 'is for CUDA alone'}: use bfloat16 or float32")
+    return known[name], why
+
+
+def choose_compile(run, device):
+    if run.compile.lower() in ("true", "1", "false", "0"):
+        return run.compile.lower() in ("true", "1"), "as asked"
+    if run.compile != "auto":
+        refuse(f"--compile={run.compile} must be auto, True or False")
+    if device.type != "cuda":
+        return False, f"it does not pay on {device.type}"
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        return True, "it works here"
+    except Exception as e:                                                 # no Triton, no compiler: many things, many names
+        return False, f"it does not work here: {type(e).__name__}"
+
+
+def learning_rate(run, step):
+    """Of the step that follows `step` finished ones: warm-up, then a cosine down to min_lr."""
+    if not run.decay_lr:
+        return run.learning_rate
+    if step < run.warmup_iters:
+        return run.learning_rate * (step + 1) / (run.warmup_iters + 1)
+    lowest, end = run.learning_rate / 10 if run.min_lr is None else run.min_lr, run.lr_decay_iters or run.max_iters
+    done = min(1.0, (step - run.warmup_iters) / max(1, end - run.warmup_iters))
+    return lowest + 0.5 * (1 + math.cos(math.pi * done)) * (run.learning_rate - lowest)
+
+
+def check(run, given, team):
+    """Refuses values out of range and flags without effect."""
+    for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "lr_decay_iters"):
+        if getattr(run, name) is not None and getattr(run, name) < 1:
+            refuse(f"--{name}={getattr(run, name)} must be 1 or more")
+    for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed"):
+        if getattr(run, name) is not None and not 0 <= getattr(run, name) < math.inf:
+            refuse(f"--{name}={getattr(run, name)} must be 0 or more")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(run, name) < 1:
+            refuse(f"--{name}={getattr(run, name)} must be at least 0 and below 1")
+    if not run.decay_lr:
+        for name in given.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"}:
+            refuse(f"--{name} has no effect without --decay_lr")
+    G, R = run.gradient_accumulation_steps, team.size
+    if G % R:
+        near = " or ".join(str(g) for g in sorted({G // R * R, -(-G // R) * R} - {0}))
+        refuse(f"--gradient_accumulation_steps={G} counts over all processes and does not divide among {R}: use {near}, "
+               f"or --nproc_per_node={max(r for r in range(1, R) if G % r == 0)}")
+    for package in ("tensorboard", "wandb"):
+        if getattr(run, package):
+            try:
+                __import__(package)
+            except ImportError:
+                refuse(f"--{package} needs a package that is not there: pip install {package}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def choose_run(given, team):
+    """-> (Run, saved state or None). Defaults are those of the checkpoint, of fine-tuning, or Run's own."""
+    given = {k: v for k, v in given.items() if k in RUN}
+    run, state = Run(**given), None
+    if run.init_from in ("resume", "auto"):
+        team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) else None)
+        there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
+        if run.init_from == "resume" and not there:
+            raise Agreed(f"there is no checkpoint in {run.out_dir} to resume: name its folder with --out_dir, or leave out "
+                         "--init_from to start from scratch")
+        given["init_from"] = "resume" if there else "scratch"
+    elif run.init_from != "scratch" and run.init_from not in SIZES and not os.path.isdir(run.init_from):
+        refuse(f"--init_from={run.init_from} is neither scratch, resume, auto, one of {', '.join(SIZES)}, nor a folder")
+    if given.get("init_from") == "resume":
+        state = team.agree(lambda: load_state(run.out_dir))
+        saved = {k: v for k, v in state["run"].items() if k in RUN}
+        for name in ("dataset", "seed"):
+            if given.get(name, saved[name]) != saved[name]:
+                refuse(f"--{name}={given[name]} contradicts the checkpoint in {run.out_dir}, which has {saved[name]}: leave it "
+                       f"out, or begin another run from these weights with --init_from={run.out_dir} --out_dir=...")
+        given = {**saved, **given}
+    elif run.init_from not in ("scratch", "auto"):
+        given = {**{k: v for k, v in FINETUNE.items() if k in RUN}, **given}
+    return Run(**given), state
+
+
+def choose_model(run, given, team, tokenizer):
+    """-> (config, weights or None for new ones)."""
+    shape = {k: v for k, v in given.items() if k in SHAPE}
+    source = run.out_dir if run.init_from == "resume" else run.init_from
+    if source == "scratch":
+        if shape.setdefault("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
+            refuse(f"--vocab_size={shape['vocab_size']} is too small for the data's {tokenizer.vocab_size}")
+        try:
+            return GPT2Config(**{**SMALL, **shape}), None
+        except ValueError as e:
+            refuse(str(e))
+    if source in SIZES:
+        team.one_first(lambda: read_pretrained(source))
+    config, weights, _ = team.agree(lambda: read_pretrained(source))
+    if run.init_from == "resume":
+        for name, value in shape.items():
+            if name not in ("dropout", "flash") and value != getattr(config, name):
+                refuse(f"--{name}={value} contradicts the checkpoint in {source}, which has {name}={getattr(config, name)}: "
+                       "leave it out, or start anew with another --out_dir")
+        return replace(config, **shape), weights
+    try:
+        config, weights, notes = convert(config, weights, {"dropout": FINETUNE["dropout"], **shape})
+    except ValueError as e:
+        refuse(str(e))
+    for note in notes:
+        team.say(f"changed   {note}; the model wants further training to make up for it")
+    reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
+    if reads.to_json() != tokenizer.to_json():
+        raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is made of "
+                     f"{tokenizer.name} tokens with {tokenizer.vocab_size}: choose or prepare a data set with its tokenizer")
+    return config, weights
+
+
+def evaluate(team, model, splits, run, device, context):
+    """Mean loss over eval_iters batches of each split: fixed windows, evenly spaced, shared among the processes. Draws
+    nothing at random. Every process takes part in every forward pass, on a spare window if need be, as FSDP demands."""
+    model.eval()
+    losses = {}
+    for split, data in splits.items():
+        windows = np.linspace(0, len(data) - 1, min(len(data), run.eval_iters * run.batch_size)).astype(int)
+        mine, total, count = windows[team.rank::team.size], 0.0, 0
+        for first in range(0, -(-len(windows) // team.size), run.batch_size):
+            batch = mine[first:first + run.batch_size]
+            x, y = data.__getitems__(batch if len(batch) else windows[:1])
+            with torch.no_grad(), context:
+                _, loss = model(x.to(device), y.to(device))
+            total, count = total + loss.float() * len(batch), count + len(batch)
+        total, count = team.total([total, count], device)
+        losses[split] = total / count
+    model.train()
+    return losses
+
+
+def train(team, given):
+    device, why_device = choose_device(given.get("device", "auto"), team)
+    team.join(device, given.get("backend"))
+    run, state = choose_run(given, team)
+    check(run, given, team)
+    dtype, why_dtype = choose_dtype(run, device)
+    compiled, why_compile = choose_compile(run, device)
+    mode = "fsdp" if run.fsdp else "ddp" if team.distributed else "single"
+    why_mode = f"torchrun started {team.size} processes" if team.distributed else "not started by torchrun"
+
+    # data
+    def prepare():
+        if not os.path.exists(os.path.join(DATA, run.dataset, "meta.json")):
+            DATASETS[run.dataset](os.path.join(DATA, run.dataset))
+    if run.dataset in DATASETS:
+        team.one_first(prepare)
+    folder, paths = team.agree(lambda: find_data(run.dataset))
+    tokenizer, counts = team.agree(lambda: (Tokenizer.load(folder), token_counts(folder)))
+    config, weights = choose_model(run, given, team, tokenizer)
+    splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split)) for split in paths})
+    team.same(f"data in {folder}", {split: data.fingerprint() for split, data in splits.items()})
+    T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
+    windows_per_step = run.batch_size * run.gradient_accumulation_steps
+
+    # model
+    with torch.device("meta"):                                             # shapes only: the weights come shard by shard
+        model = GPT2(config)
+    model.grad_checkpoint = run.grad_checkpoint
+    model = team.prepare(model, device, run.fsdp, dtype == torch.bfloat16, compiled)
+    parameters = dict(model.named_parameters())
+    for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
+        fill(parameters[name], whole)
+    net = team.wrap(model, run.fsdp)                                       # what the training step calls
+    context = nullcontext() if run.fsdp or dtype == torch.float32 else torch.autocast(device.type, dtype)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # optimizer: made after sharding, or it would hold on to the unsharded weights
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": run.weight_decay},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
+                                  fused=device.type in ("cpu", "cuda"))
+    step, consumed, best, evaluated = 0, 0, math.inf, None
+    if state:
+        step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
+        team.agree(lambda: restore(optimizer, model, state["optimizer"]))
+        scaler.load_state_dict(state["scaler"])
+    state = weights = None                                                 # the mapped files may go
+
+    team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
+             f"dtype     {str(dtype).removeprefix('torch.')}: {why_dtype}\ncompile   {compiled}: {why_compile}\n"
+             f"data      {run.dataset}: {splits['train'].tokens:,} training and {splits['val'].tokens:,} validation tokens, "
+             f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})\n"
+             f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
+             f"{windows_per_step * T:,} tokens a step"
+             + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" if team.size > 1 else "")
+             + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps\n"
+             f"model     {model.num_parameters():,} parameters, {config.n_layer} layers, "
+             + ", ".join([name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)] or ["plain GPT-2"]))
+
+    def losses_now():
+        losses = evaluate(team, model, splits, run, device, context)
+        return {"train_loss": losses["train"], "val_loss": losses["val"]}
+    if run.eval_only:
+        losses = losses_now()
+        return team.say(f"train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f} nats per token "
+                        f"(perplexity {math.exp(losses['val_loss']):.2f})")
+    if step >= run.max_iters:
+        return team.say(f"the run in {run.out_dir} is at step {step} of {run.max_iters}: raise --max_iters to go on")
+
+    again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
+        + " --fsdp" * run.fsdp + " --init_from=resume" + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else "")
+    log = team.agree(lambda: Log(run, config, step) if team.chief else None)
+    order = Order(splits["train"], team, run.seed, consumed)
+    loader = iter(DataLoader(splits["train"], run.batch_size, sampler=order, collate_fn=lambda batch: batch,
+                             pin_memory=device.type == "cuda"))
+
+    def next_batch():
+        return [t.to(device, non_blocking=True) for t in next(loader)]
+
+    def checkpoint():
+        save(team, run.out_dir, model, optimizer, tokenizer, {
+            "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
+            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata["runtime"]}})
+        return step
+
+    signals, saved_step = catch_signals(), step or None
+    peak, flops = peak_flops(device, dtype), 3 * config.flops_per_token()
+    began = last_logged = time.time()
+    first_step, logged_step, batch = step, step, next_batch()
+    while True:
+        if (step % run.eval_interval == 0 or step == run.max_iters) and evaluated != step:
+            paused, losses = time.time(), losses_now()
+            better = losses["val_loss"] < best
+            best, evaluated = min(best, losses["val_loss"]), step
+            if team.chief:
+                log.record(step=step, **losses)
+                log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
+                         + (" (best)" if better else ""))
+            if step > first_step and (better or run.always_save_checkpoint):
+                saved_step = checkpoint()
+            last_logged += time.time() - paused                            # neither counts as training time
+        if step == run.max_iters or signals.stopped:
+            break
+
+        # one step. Its random numbers (dropout's) are a function of seed, step and process, so there is no state to save.
+        torch.manual_seed(int(np.random.SeedSequence([run.seed, step, team.rank]).generate_state(1)[0]))
+        lr = learning_rate(run, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss_sum = 0.0
+        for i in range(micro_batches):
+            team.set_sync(net, last=i == micro_batches - 1)
+            with context:
+                _, loss = net(*batch)
+            batch = next_batch()                                           # while the GPU is at work
+            scaler.scale(loss / micro_batches).backward()
+            loss_sum = loss_sum + loss.detach()
+        scaler.unscale_(optimizer)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf))
+        share = 1 / team.size
+        loss, norm, interrupted, terminated = team.total(
+            [loss_sum * share / micro_batches, norm * share, signals.interrupted, signals.terminated], device)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            raise Agreed(f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1} is not finite, at learning rate "
+                         f"{lr:.3g}: stopped before the weights were touched. "
+                         + (f"The last checkpoint, of step {saved_step}, is in {run.out_dir}: go on with a lower rate, "
+                            f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step else
+                            "There is no checkpoint yet: start again with a lower --learning_rate"))
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step, consumed = step + 1, consumed + windows_per_step
+        signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
+
+        if team.chief:
+            now, due = time.time(), step % run.log_interval == 0 or step in (first_step + 1, run.max_iters)
+            speed = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9)
+            mfu = speed * flops / (peak * team.size) if peak else None
+            left = (run.max_iters - step) * (now - began) / (step - first_step)
+            log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:6.3f}  "
+                     f"{speed:9,.0f} tok/s" + (f"  mfu {mfu:5.1%}" if mfu else "")
+                     + (f"  {mem / 1e9:5.2f} GB" if (mem := memory(device)) else "") + f"  {clock(left)} left", stay=due)
+            if due:
+                log.record(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
+                           **({"mfu": mfu} if mfu else {}))
+                last_logged, logged_step = time.time(), step
+
+    if signals.stopped:
+        if saved_step != step and (run.always_save_checkpoint or saved_step is None):
+            saved_step = checkpoint()
+        team.say(f"\nstopped at step {step}; the checkpoint in {run.out_dir} is of step {saved_step}. Go on with\n    {again}")
+    if team.chief:
+        plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
+    if not signals.stopped:
+        team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
+                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py"
+                 + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else ""))
+    team.leave()
+    sys.exit(signals.stopped)
+
+
+class catch_signals:
+    """Ctrl-C and SIGTERM let the step finish. A second Ctrl-C, two seconds later or more, stops at once."""
+
+    def __init__(self):
+        self.interrupted = self.terminated = self.stopped = self.when = 0
+        signal.signal(signal.SIGINT, self.on_interrupt)
+        signal.signal(signal.SIGTERM, self.on_terminate)
+
+    def on_interrupt(self, *_):
+        if self.interrupted and time.time() - self.when > 2:               # torchrun passes a Ctrl-C on a second time
+            os._exit(130)
+        self.interrupted, self.when = 1, time.time()
+
+    def on_terminate(self, *_):
+        self.terminated = 1
+
+
+def main():
+    given, _ = command_line(__doc__, options())
+    team = Team()
+    if "plot" in given:
+        out_dirs = [d for d in given["plot"].split(",") if d] or [given.get("out_dir", Run.out_dir)]
+        path = os.path.join(out_dirs[0], "loss.svg")
+        plot(out_dirs, path)
+        return print(path)
+    for name, cure in (("fsdp", "--fsdp shares one model among several processes: start them with torchrun --standalone "
+                        "--nproc_per_node=2 train.py --fsdp"), ("backend", "--backend has no effect on one process")):
+        if given.get(name) and not team.distributed:
+            refuse(cure)
+    train(team, given)
+
+
+if __name__ == "__main__":
+    guarded(main)
