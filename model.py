@@ -508,7 +508,7 @@ def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")  # kept as (in, out)
-IGNORED = ("attn.bias", "attn.masked_bias", "lm_head.weight")              # two constant masks, and the tied embedding
+IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")            # two constant masks, and the tied embedding
 
 
 def read_pretrained(name_or_folder, **overrides):

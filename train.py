@@ -332,10 +332,9 @@ def settle(out_dir):
     os.rmdir(saved)
 
 
-def save(team, out_dir, model, optimizer, tokenizer, state):
-    """Writes the checkpoint of state["step"]; every process must call it, process 0 writes, one tensor in memory."""
-    folder, names = os.path.join(out_dir, ".saving"), {id(p): name for name, p in model.named_parameters()}
-    parameters = dict(model.named_parameters())
+def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
+    """Writes the checkpoint of state["step"]. Every process must call it; process 0 writes, a tensor at a time."""
+    folder = os.path.join(out_dir, ".saving")
     tensors = (gathered(p).cpu() for p in parameters.values())
 
     def write(name, text):
@@ -348,7 +347,7 @@ def save(team, out_dir, model, optimizer, tokenizer, state):
         os.makedirs(out_dir, exist_ok=True)
         settle(out_dir)
         os.makedirs(folder)
-        write("config.json", model.config.to_json())
+        write("config.json", config.to_json())
         write("meta.json", tokenizer.to_json())
         write_safetensors(os.path.join(folder, "model.safetensors"), parameters, tensors, {"step": str(state["step"])})
 
@@ -372,10 +371,10 @@ def save(team, out_dir, model, optimizer, tokenizer, state):
                 pass
     team.agree(lambda: attempt(write_weights if team.chief else lambda: None))
     moments = {}
-    for p, values in optimizer.state.items():
-        whole = {key: gathered(v).cpu() if v.dim() else v.cpu() for key, v in values.items()}
+    for name, p in parameters.items():
+        whole = {key: gathered(v).cpu() for key, v in optimizer.state[p].items()}
         if team.chief:
-            moments[names[id(p)]] = whole
+            moments[name] = whole
     team.agree(lambda: attempt(write_state if team.chief else lambda: None))
 
 
@@ -399,9 +398,9 @@ def load_state(out_dir):
     return state
 
 
-def restore(optimizer, model, saved):
+def restore(optimizer, parameters, saved):
     """The optimizer's moments, or this process's shards of them."""
-    for name, p in model.named_parameters():
+    for name, p in parameters.items():
         if name not in saved or saved[name]["exp_avg"].shape != p.shape:
             raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
         optimizer.state[p] = {"step": saved[name]["step"].clone().to(p.device)}
@@ -718,6 +717,8 @@ def evaluate(team, model, splits, run, device, context):
         total, count = team.total([total, count], device)
         losses[split] = total / count
     model.train()
+    if run.fsdp:
+        model.reshard()                                                    # a forward pass alone leaves the root gathered
     return losses
 
 
@@ -758,14 +759,14 @@ def train(team, given):
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # optimizer: made after sharding, or it would hold on to the unsharded weights
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": run.weight_decay},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in parameters.values() if p.dim() >= 2], "weight_decay": run.weight_decay},
+              {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
                                   fused=device.type in ("cpu", "cuda"))
     step, consumed, best, evaluated = 0, 0, math.inf, None
     if state:
         step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
-        team.agree(lambda: restore(optimizer, model, state["optimizer"]))
+        team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
         scaler.load_state_dict(state["scaler"])
     state = weights = None                                                 # the mapped files may go
 
@@ -801,7 +802,7 @@ def train(team, given):
         return [t.to(device, non_blocking=True) for t in next(loader)]
 
     def checkpoint():
-        save(team, run.out_dir, model, optimizer, tokenizer, {
+        save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
             "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata["runtime"]}})
         return step
@@ -839,7 +840,7 @@ def train(team, given):
             scaler.scale(loss / micro_batches).backward()
             loss_sum = loss_sum + loss.detach()
         scaler.unscale_(optimizer)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), run.grad_clip or math.inf))
+        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), run.grad_clip or math.inf))
         share = 1 / team.size
         loss, norm, interrupted, terminated = team.total(
             [loss_sum * share / micro_batches, norm * share, signals.interrupted, signals.terminated], device)
