@@ -1,0 +1,129 @@
+"""
+Writes text with a trained model.
+
+    python sample.py                                      # the model that train.py left in out/
+    python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights, fetched once
+    python sample.py --init_from=FOLDER --num_samples=5   # any checkpoint, several texts at a time
+    python sample.py --start=FILE:prompt.txt              # a prompt from a file; or piped in: echo "def " | python sample.py
+"""
+import codecs
+import math
+import os
+import stat
+import sys
+import time
+
+import numpy as np
+import torch
+
+from data.prepare import Tokenizer, command_line, guarded, refuse
+from model import GPT2, SIZES, GPT2Config
+
+OPTIONS = {
+    "init_from": (str, "resume", f"resume (the checkpoint in out_dir), {', '.join(SIZES)}, or a folder with a checkpoint"),
+    "out_dir": (str, "out", "folder of the checkpoint that resume reads"),
+    "start": (str, None, "the prompt; FILE:name reads it from a file; <|endoftext|> begins a new document [a line break]"),
+    "num_samples": (int, 1, "texts; a single one is shown as it is made"),
+    "max_new_tokens": (int, 500, "tokens of each text"),
+    "temperature": (float, 0.8, "below 1.0 safer, above 1.0 wilder, 0 always the likeliest token"),
+    "top_k": (int, 200, "choose among the k likeliest tokens, 0 = all"),
+    "top_p": (float, 1.0, "choose among the likeliest tokens that together have this probability"),
+    "stop_at_eot": (bool, False, "end a text where the model ends the document"),
+    "use_cache": (bool, True, "keep keys and values; without, the same text takes longer"),
+    "seed": (int, 1337, "of the choices"),
+    "device": (str, "auto", "auto, cpu, cuda, cuda:1, mps"),
+    "dtype": (str, "auto", "of the weights: auto, float32, bfloat16, float16"),
+    "compile": (bool, False, "torch.compile: a slow start, then faster"),
+}
+CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size", "flash")
+
+
+def read_prompt(given):
+    start = given.get("start")
+    if start is None and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+        start = sys.stdin.read()
+    if start and start.startswith("FILE:"):
+        with open(start[5:], encoding="utf-8") as f:
+            start = f.read()
+    return start or "\n"
+
+
+def encode_prompt(tokenizer, text):
+    """-> ids (1, T). Here, unlike in data, <|endoftext|> means the token, if the tokenizer has one."""
+    if tokenizer.end_of_text is None:
+        return torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None]
+    parts = [tokenizer.encode(part).astype(np.int64) for part in text.split("<|endoftext|>")]
+    ids = parts[0]
+    for part in parts[1:]:
+        ids = np.concatenate((ids, [tokenizer.end_of_text], part))
+    return torch.from_numpy(ids)[None]
+
+
+def main():
+    config_options = {name: (GPT2Config.__dataclass_fields__[name]) for name in CHANGES}
+    options = OPTIONS | {name: (bool if "bool" in str(f.type) else float if "float" in str(f.type) else int, None,
+                                "as in train.py; changes the weights that are read") for name, f in config_options.items()}
+    given, _ = command_line(__doc__, options)
+    run = {name: default for name, (_, default, _) in OPTIONS.items()} | given
+    for name, ok, limit in (("num_samples", run["num_samples"] >= 1, "1 or more"), ("max_new_tokens", run["max_new_tokens"] >= 1, "1 or more"),
+                            ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
+                            ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
+                            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")):
+        if not ok:
+            refuse(f"--{name}={run[name]} must be {limit}")
+    if run["temperature"] == 0:
+        for name in given.keys() & {"top_k", "top_p", "seed"}:
+            refuse(f"--{name} has no effect at --temperature=0, which always takes the likeliest token")
+    device = run["device"]
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])
+
+    source = run["out_dir"] if run["init_from"] == "resume" else run["init_from"]
+    if run["init_from"] == "resume" and not os.path.exists(os.path.join(source, "config.json")):
+        raise FileNotFoundError(f"there is no checkpoint in {source}: train one with python train.py, name its folder with "
+                                "--out_dir, or use OpenAI's with --init_from=gpt2")
+    if source not in SIZES and not os.path.isdir(source):
+        refuse(f"--init_from={source} is neither resume, one of {', '.join(SIZES)}, nor a folder")
+    model = GPT2.from_pretrained(source, **{name: given[name] for name in CHANGES if name in given})
+    tokenizer = Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2")
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
+                         "its meta.json is missing or of another model")
+    if run["stop_at_eot"] and tokenizer.end_of_text is None:
+        refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
+    prompt = encode_prompt(tokenizer, read_prompt(given))
+    model = model.to(device, dtype)
+    if run["compile"]:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+
+    arguments = dict(temperature=run["temperature"], top_k=run["top_k"] or None, top_p=run["top_p"] if run["top_p"] < 1 else None,
+                     use_cache=run["use_cache"], generator=torch.Generator(device).manual_seed(run["seed"]),
+                     stop_token=tokenizer.end_of_text if run["stop_at_eot"] else None)
+    idx = prompt.repeat(run["num_samples"], 1).to(device)
+    began, texts = time.time(), [[] for _ in idx]
+    streaming, decoder = len(idx) == 1, codecs.getincrementaldecoder("utf-8")("replace")
+    if streaming:
+        print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
+    count = 0
+    for tokens in model.stream(idx, run["max_new_tokens"], **arguments):
+        for text, token in zip(texts, tokens.tolist(), strict=True):
+            if not (arguments["stop_token"] is not None and (token == arguments["stop_token"] or text[-1:] == [None])):
+                text.append(token)
+                count += 1
+                if streaming:                                              # a token may be half a character: it is held back
+                    print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
+            elif text[-1:] != [None]:
+                text.append(None)                                          # this text has ended
+    seconds = time.time() - began
+    if streaming:
+        print(decoder.decode(b"", final=True))
+    else:
+        for text in texts:
+            print(tokenizer.decode(prompt[0].tolist() + [token for token in text if token is not None]) + "\n" + "-" * 15)
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, {str(dtype)[6:]}")
+
+
+if __name__ == "__main__":
+    guarded(main)
