@@ -7,6 +7,7 @@ Writes text with a trained model.
     python sample.py --start=FILE:prompt.txt              # a prompt from a file; or piped in: echo "def " | python sample.py
 """
 import codecs
+import itertools
 import math
 import os
 import stat
@@ -102,26 +103,22 @@ def main():
                      use_cache=run["use_cache"], generator=torch.Generator(device).manual_seed(run["seed"]),
                      stop_token=tokenizer.end_of_text if run["stop_at_eot"] else None)
     idx = prompt.repeat(run["num_samples"], 1).to(device)
-    began, texts = time.time(), [[] for _ in idx]
+    began, columns, stop = time.time(), [], arguments["stop_token"]
     streaming, decoder = len(idx) == 1, codecs.getincrementaldecoder("utf-8")("replace")
     if streaming:
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
-    count = 0
     for tokens in model.stream(idx, run["max_new_tokens"], **arguments):
-        for text, token in zip(texts, tokens.tolist(), strict=True):
-            if not (arguments["stop_token"] is not None and (token == arguments["stop_token"] or text[-1:] == [None])):
-                text.append(token)
-                count += 1
-                if streaming:                                              # a token may be half a character: it is held back
-                    print(decoder.decode(tokenizer.decode_bytes([token])), end="", flush=True)
-            elif text[-1:] != [None]:
-                text.append(None)                                          # this text has ended
+        columns.append(tokens.tolist())
+        if streaming and columns[-1][0] != stop:                           # half a character is held back
+            print(decoder.decode(tokenizer.decode_bytes(columns[-1])), end="", flush=True)
     seconds = time.time() - began
+    texts = [list(itertools.takewhile(lambda token: token != stop, text)) for text in zip(*columns, strict=True)]
+    count = sum(map(len, texts))
     if streaming:
         print(decoder.decode(b"", final=True))
     else:
         for text in texts:
-            print(tokenizer.decode(prompt[0].tolist() + [token for token in text if token is not None]) + "\n" + "-" * 15)
+            print(tokenizer.decode(prompt[0].tolist() + text) + "\n" + "-" * 15)
     print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, {str(dtype)[6:]}")
 
 
