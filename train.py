@@ -492,14 +492,15 @@ def peak_flops(device, dtype):
     return next((flops for part, flops in peaks.items() if part in name), None)
 
 
-def plot(out_dirs, path):
-    """Loss curves as an SVG that any browser opens, light or dark: training thin, validation with dots."""
+def plot(out_dirs, path, over="step"):
+    """Loss curves over steps or tokens, as an SVG that any browser opens, light or dark: training thin, validation with
+    dots."""
     colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
     curves = []
     for i, out_dir in enumerate(out_dirs):
         records, color = read_metrics(out_dir), colors[i % len(colors)]
-        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        train = [(r[over], r["loss"]) for r in records if "loss" in r]
+        val = [(r[over], r["val_loss"]) for r in records if "val_loss" in r]
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
         curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
@@ -524,9 +525,9 @@ def plot(out_dirs, path):
         svg.append(f'<path class="grid" d="M{px},{py}h{W}"/><text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, x1):
         px = at(x, low).split(",")[0]
-        svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.4g}</text>')
+        svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
     svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/><text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
-               f'step</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+               f'{over}</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
         svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
@@ -884,7 +885,7 @@ def train(team, given):
             better = losses["val_loss"] < best
             best, evaluated = min(best, losses["val_loss"]), step
             if team.chief:
-                log.record(step=step, **losses)
+                log.record(step=step, tokens=consumed * T, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
                          + (" (best)" if better else ""))
             if step > first_step and (better or run.always_save_checkpoint):
@@ -916,7 +917,7 @@ def train(team, given):
                      f"{speed:9,.0f} tok/s" + (f"  mfu {mfu:5.1%}" if mfu else "")
                      + (f"  {mem / 1e9:5.2f} GB" if (mem := memory(device)) else "") + f"  {clock(left)} left", stay=due)
             if due:
-                log.record(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
+                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
                            **({"mfu": mfu} if mfu else {}))
                 last_logged, logged_step = time.time(), step
 
