@@ -343,9 +343,9 @@ class TransformerBlock(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of softmax(x weightᵀ) with the output projection in it. The logits of a vocabulary of 50257 are
-    the largest tensor of the whole step by far. Here they exist for a few rows at a time: the gradients of these rows
-    are computed while their logits are at hand, so nothing is kept and nothing computed twice."""
+    """Mean cross-entropy of softmax(x weightᵀ) with the output projection in it. The logits of a vocabulary of 50257
+    are the largest tensor of the whole step by far. Here they exist for a few rows at a time: the gradients of these
+    rows are computed while their logits are at hand, so nothing is kept and nothing computed twice."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, keep_gradients):
@@ -355,7 +355,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, (1 << (24 if x.device.type == "cpu" else 27)) // weight.size(0))
         for at in range(0, x.size(0), rows):
             part, target = x[at:at + rows], targets[None, at:at + rows]
-            logits = (weight @ part.t()).float()                           # (V, rows): on a CPU this way round is faster
+            logits = (weight @ part.t()).float()                           # (V, rows): faster on a CPU this way round
             highest = logits.amax(dim=0, keepdim=True)
             known, target = target >= 0, target.clamp(min=0)
             chosen = logits.gather(0, target) - highest
@@ -802,7 +802,7 @@ def fetch(session, url, part, size):
             size = have + int(length)
         at_start, began, shown, tty = have, time.time(), 0.0, sys.stderr.isatty()
         with open(part, "ab" if have else "wb") as f:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):                      # what a cut connection can lose
                 f.write(chunk)
                 have, now = have + len(chunk), time.time()
                 if now - shown > (0.2 if tty else 10) or have == size:
