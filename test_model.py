@@ -157,7 +157,7 @@ def test_loss_is_the_mean_over_counted_targets():
         assert_close(model(idx, targets)[1], by_hand, 1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 def test_joined_loss_is_the_plain_loss(dtype, tolerance):
     """A gradient that forgets rows, ignored targets, a scaled loss, or what lies beyond one chunk of 16M logits."""
     generator = torch.Generator().manual_seed(0)
