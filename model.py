@@ -454,6 +454,15 @@ class GPT2(nn.Module):
             return [KVCache(c.window_size, ring=True) for _ in range(c.n_layer)]
         return [KVCache(size or c.block_size) for _ in range(c.n_layer)]
 
+    @torch.no_grad()
+    def for_decoding(self):
+        """Lays the matrices out in memory for the product with one vector at a time, which is bound by the reading of
+        them: in float32 a CPU reads fastest along the longer side, otherwise row by row. Values and shapes stay."""
+        for p in self.parameters():
+            long = p.dim() == 2 and p.size(0) > p.size(1) and p.device.type == "cpu" and p.dtype == torch.float32
+            p.data = p.data.t().contiguous().t() if long else p.data.contiguous()
+        return self
+
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                  stop_token=None):
         """idx (B, T) -> (B, T + max_new_tokens). Arguments as in `stream`. A text that reached its stop_token is filled

@@ -115,9 +115,9 @@ def main():
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
     if run["benchmark"]:
-        return benchmark(model.to(device, dtype), run["num_samples"])
+        return benchmark(model.to(device, dtype).for_decoding(), run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
-    model = model.to(device, dtype)
+    model = model.to(device, dtype).for_decoding()
     if run["compile"]:
         model.hidden = torch.compile(model.hidden, dynamic=True)
 
