@@ -239,6 +239,8 @@ def write_tokens(folder, documents, tokenizer, size, val_frac=0.1):
     """documents() -> (name, "train" | "val" | None, pieces of text)... None: a hash of the name decides, and where that
     leaves nothing for validation, the tail of all tokens is taken. `size`: bytes in all, for the progress line.
     All is written beside `folder` and moved into place whole."""
+    if os.path.exists(folder) and (others := set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}):
+        raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, or move it away")
     part = folder.rstrip("/\\") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
