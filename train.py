@@ -242,7 +242,7 @@ class Tokens(Dataset):
 
     def fingerprint(self):
         """Tells two data sets apart without reading them whole."""
-        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 1000)])) for f in self.files[:4]]
+        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 100)])) for f in self.files[:4]]
 
     def __len__(self):
         return int(self.ends[-1])
