@@ -15,6 +15,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -791,8 +792,9 @@ def train(team, given):
     if step >= run.max_iters:
         return team.say(f"the run in {run.out_dir} is at step {step} of {run.max_iters}: raise --max_iters to go on")
 
+    where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
     again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
-        + " --fsdp" * run.fsdp + " --init_from=resume" + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else "")
+        + " --fsdp" * run.fsdp + " --init_from=resume" + where
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
     order = Order(splits["train"], team, run.seed, consumed)
     loader = iter(DataLoader(splits["train"], run.batch_size, sampler=order, collate_fn=lambda batch: batch,
@@ -881,10 +883,8 @@ def train(team, given):
         plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
     if not signals.stopped:
         team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
-                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py"
-                 + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else ""))
-    team.leave()
-    sys.exit(signals.stopped)
+                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+    return signals.stopped
 
 
 class catch_signals:
@@ -916,7 +916,15 @@ def main():
                         "--nproc_per_node=2 train.py --fsdp"), ("backend", "--backend has no effect on one process")):
         if given.get(name) and not team.distributed:
             refuse(cure)
-    train(team, given)
+    try:
+        code = train(team, given)
+    except Agreed:                                                         # known to all, told by one
+        team.leave()
+        if team.chief:
+            raise
+        code = 1
+    team.leave()
+    sys.exit(code)
 
 
 if __name__ == "__main__":
