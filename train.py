@@ -151,7 +151,7 @@ class Team:
             dist.all_gather_object(values, value, group=self.patient)
             odd = [rank for rank, v in enumerate(values) if v != values[0]]
             if odd:
-                raise Agreed(f"process {odd[0]} of {self.size} has other {what}: {values[odd[0]]}, process 0 has {values[0]}")
+                raise Agreed(f"{what}: process {odd[0]} of {self.size} has {values[odd[0]]}, process 0 has {values[0]}")
 
     def total(self, values, device):
         """The sum over all processes of a few numbers, as Python floats; the one point where a step waits for the GPU."""
@@ -649,6 +649,7 @@ def choose_run(given, team):
     if run.init_from in ("resume", "auto"):
         team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) else None)
         there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
+        team.same(f"is there a checkpoint in {run.out_dir}, which all machines must share", there)
         if run.init_from == "resume" and not there:
             raise Agreed(f"there is no checkpoint in {run.out_dir} to resume: name its folder with --out_dir, or leave out "
                          "--init_from to start from scratch")
@@ -657,6 +658,7 @@ def choose_run(given, team):
         refuse(f"--init_from={run.init_from} is neither scratch, resume, auto, one of {', '.join(SIZES)}, nor a folder")
     if given.get("init_from") == "resume":
         state = team.agree(lambda: load_state(run.out_dir))
+        team.same(f"the step of the checkpoint in {run.out_dir}, which all machines must share", state["step"])
         saved = {k: v for k, v in state["run"].items() if k in RUN}
         for name in ("dataset", "seed"):
             if given.get(name, saved[name]) != saved[name]:
@@ -743,7 +745,7 @@ def train(team, given):
     tokenizer, counts = team.agree(lambda: (Tokenizer.load(folder), token_counts(folder)))
     config, weights = choose_model(run, given, team, tokenizer)
     splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split)) for split in paths})
-    team.same(f"data in {folder}", {split: data.fingerprint() for split, data in splits.items()})
+    team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
 
