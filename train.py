@@ -689,9 +689,11 @@ def choose_model(run, given, team, tokenizer):
             if name not in ("dropout", "flash") and value != getattr(config, name):
                 refuse(f"--{name}={value} contradicts the checkpoint in {source}, which has {name}={getattr(config, name)}: "
                        "leave it out, or start anew with another --out_dir")
-        return replace(config, **shape), weights
     try:
-        config, weights, notes = convert(config, weights, {"dropout": FINETUNE["dropout"], **shape})
+        if run.init_from == "resume":
+            config, notes = replace(config, **shape), []
+        else:
+            config, weights, notes = convert(config, weights, {"dropout": FINETUNE["dropout"], **shape})
     except ValueError as e:
         refuse(str(e))
     for note in notes:
