@@ -388,7 +388,7 @@ def load_state(out_dir):
         _, metadata = read_safetensors(os.path.join(out_dir, "model.safetensors"))
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         step = state["step"]
-        assert {"windows", "best_val_loss", "evaluated", "run", "optimizer"} <= state.keys()
+        assert {"windows", "best_val_loss", "evaluated", "scaler", "run", "optimizer"} <= state.keys()
     except OSError as e:
         raise FileNotFoundError(f"{e}{cure}") from None
     except Exception as e:                                                 # whatever a damaged archive makes torch raise
@@ -402,12 +402,16 @@ def load_state(out_dir):
 def restore(optimizer, parameters, saved):
     """The optimizer's moments, or this process's shards of them."""
     for name, p in parameters.items():
-        if name not in saved or saved[name]["exp_avg"].shape != p.shape:
+        state = saved.get(name)
+        if state == {}:                                                    # float16's first steps may all have overflowed
+            continue
+        if not state or any(getattr(state.get(key), "shape", None) != shape for key, shape in
+                            (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))):
             raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
-        optimizer.state[p] = {"step": saved[name]["step"].clone().to(p.device)}
+        optimizer.state[p] = {"step": state["step"].clone().to(p.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[p][key] = torch.zeros_like(p)
-            fill(optimizer.state[p][key], saved[name][key])
+            fill(optimizer.state[p][key], state[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -772,7 +776,8 @@ def train(team, given):
     if state:
         step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:                                                # empty if that run was not in float16
+            scaler.load_state_dict(state["scaler"])
     state = weights = None                                                 # the mapped files may go
 
     team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
