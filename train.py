@@ -333,6 +333,23 @@ def settle(out_dir):
     os.rmdir(saved)
 
 
+def set_aside(out_dir):
+    """Moves the run that a new one would write over to out_dir/previous_run -> that folder, None if there is no run.
+    The training state goes first, so that half of a checkpoint is never resumed; the weights last, so that what a kill
+    interrupted goes on next time."""
+    if os.path.isdir(out_dir):
+        settle(out_dir)
+    if not os.path.exists(os.path.join(out_dir, "model.safetensors")):
+        return None
+    kept = os.path.join(out_dir, "previous_run")
+    os.makedirs(kept, exist_ok=True)
+    for name in ("training_state.pt", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous", "model.safetensors"):
+        if os.path.exists(os.path.join(out_dir, name)):
+            shutil.rmtree(os.path.join(kept, name), ignore_errors=True)    # a folder cannot be written over
+            os.replace(os.path.join(out_dir, name), os.path.join(kept, name))
+    return kept
+
+
 def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
     """Writes the checkpoint of state["step"]. Every process must call it; process 0 writes, a tensor at a time."""
     folder = os.path.join(out_dir, ".saving")
@@ -804,6 +821,8 @@ def train(team, given):
     where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
     again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
         + " --fsdp" * run.fsdp + " --init_from=resume" + where
+    if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
+        team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
     order = Order(splits["train"], team, run.seed, consumed)
     loader = iter(DataLoader(splits["train"], run.batch_size, sampler=order, collate_fn=lambda batch: batch,
