@@ -68,8 +68,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """-> UTF-8. A GPT-2 token can be a part of a character, so only whole texts are sure to be whole UTF-8."""
+        ids = [i for i in ids if i < self.vocab_size]                      # a model's vocabulary may be rounded up
         if self.name == "gpt2":
-            return gpt2_bpe().decode_bytes([i for i in ids if i < self.vocab_size])
+            return gpt2_bpe().decode_bytes(ids)
         return "".join("<|endoftext|>" if i == self.end_of_text else self.characters[i] for i in ids).encode()
 
     def decode(self, ids):
