@@ -362,6 +362,11 @@ def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                                # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                       # or Python complains as it flushes
+        sys.exit(141)
     except (ValueError, OSError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
 
