@@ -245,47 +245,49 @@ def write_tokens(folder, documents, tokenizer, size, val_frac=0.1):
     part = folder.rstrip("/\\") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    progress = Progress(os.path.basename(folder), size)
-    if tokenizer == "char":
-        characters, count = set(), 0
-        for _, _, pieces in documents():
-            count += 1
-            for text in pieces:
-                characters.update(text)
-        characters = "".join(sorted(characters))
-        several = any(split is None for _, split, _ in documents()) and count > 1
-        tokenizer = Tokenizer("char", characters, len(characters) if several else None) if characters else None
-    else:
-        tokenizer = Tokenizer(tokenizer)
-    tokens = {"train": 0, "val": 0}
-    paths = {split: os.path.join(part, f"{split}.bin") for split in tokens}
-    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-        files = {"train": train, "val": val}
-        for name, split, pieces in documents():
-            split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
-            for i, text in enumerate(pieces):
-                ids = tokenizer.encode(text)
-                if i == 0 and tokens[split] and tokenizer.end_of_text is not None:
-                    ids = np.concatenate((np.array([tokenizer.end_of_text], np.uint16), ids))
-                ids.astype("<u2").tofile(files[split])
-                tokens[split] += len(ids)
-                progress.add(len(text))
-    if not tokens["train"] + tokens["val"]:
-        shutil.rmtree(part)
-        raise ValueError(f"{os.path.basename(folder)}: there is no text in what was given")
-    if not (tokens["val"] and tokens["train"]) and val_frac > 0:
-        everything = np.memmap(paths["train" if tokens["train"] else "val"], dtype="<u2", mode="r")
-        cut = int(len(everything) * (1 - val_frac))
-        tokens = {"train": cut, "val": len(everything) - cut}
-        for split, ids in (("train", everything[:cut]), ("val", everything[cut:])):
-            ids.tofile(paths[split] + ".cut")
-        del everything
-        for path in paths.values():
-            os.replace(path + ".cut", path)
-    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
-        json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        progress = Progress(os.path.basename(folder), size)
+        if tokenizer == "char":
+            characters, count = set(), 0
+            for _, _, pieces in documents():
+                count += 1
+                for text in pieces:
+                    characters.update(text)
+            characters = "".join(sorted(characters))
+            several = any(split is None for _, split, _ in documents()) and count > 1
+            tokenizer = Tokenizer("char", characters, len(characters) if several else None) if characters else None
+        else:
+            tokenizer = Tokenizer(tokenizer)
+        tokens = {"train": 0, "val": 0}
+        paths = {split: os.path.join(part, f"{split}.bin") for split in tokens}
+        with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+            files = {"train": train, "val": val}
+            for name, split, pieces in documents():
+                split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
+                for i, text in enumerate(pieces):
+                    ids = tokenizer.encode(text)
+                    if i == 0 and tokens[split] and tokenizer.end_of_text is not None:
+                        ids = np.concatenate((np.array([tokenizer.end_of_text], np.uint16), ids))
+                    ids.astype("<u2").tofile(files[split])
+                    tokens[split] += len(ids)
+                    progress.add(len(text))
+        if not tokens["train"] + tokens["val"]:
+            raise ValueError(f"{os.path.basename(folder)}: there is no text in what was given")
+        if not (tokens["val"] and tokens["train"]) and val_frac > 0:
+            everything = np.memmap(paths["train" if tokens["train"] else "val"], dtype="<u2", mode="r")
+            cut = int(len(everything) * (1 - val_frac))
+            tokens = {"train": cut, "val": len(everything) - cut}
+            for split, ids in (("train", everything[:cut]), ("val", everything[cut:])):
+                ids.tofile(paths[split] + ".cut")
+            del everything
+            for path in paths.values():
+                os.replace(path + ".cut", path)
+        with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
+            json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     progress.done()
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, "
           f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
