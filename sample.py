@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from data.prepare import Tokenizer, command_line, guarded, refuse
+from data.prepare import Tokenizer, command_line, guarded, open_text, refuse
 from model import GPT2, SIZES, GPT2Config
 
 OPTIONS = {
@@ -44,7 +44,7 @@ def read_prompt(given):
     if start is None and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
         start = sys.stdin.read()
     if start and start.startswith("FILE:"):
-        with open(start[5:], encoding="utf-8") as f:
+        with open_text(start[5:]) as f:
             start = f.read()
     return start or "\n"
 
