@@ -640,6 +640,8 @@ def check(run, given, team):
     for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed"):
         if getattr(run, name) is not None and not 0 <= getattr(run, name) < math.inf:
             refuse(f"--{name}={getattr(run, name)} must be 0 or more")
+    if run.seed >= 2**63:
+        refuse(f"--seed={run.seed} must be below 2^63")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(run, name) < 1:
             refuse(f"--{name}={getattr(run, name)} must be at least 0 and below 1")
