@@ -57,32 +57,36 @@ class GPT2Config:
         def need(ok, message):
             if not ok:
                 raise ValueError(message)
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd", "n_kv_head", "window_size"):
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if f.type is bool:
+                need(type(value) is bool, f"{f.name}={value!r:.50} must be True or False")
+            elif f.type is float:
+                need(type(value) in (int, float), f"{f.name}={value!r:.50} must be a number")
+            elif value is not None or f.default is not None:
+                need(type(value) is int and 0 < value <= 2**24,
+                     f"{f.name}={value!r:.50} must be a whole number from 1 to 16,777,216")
+        for flag, name in (("rope", "rope_theta"), ("gqa", "n_kv_head"), ("sliding_window", "window_size")):
             value = getattr(self, name)
-            if value is not None or name not in ("n_kv_head", "window_size"):
-                need(type(value) is int and value >= 1, f"{name}={value!r} must be a whole number, 1 or more")
-        for name in ("bias", "rope", "gqa", "sliding_window", "flash"):
-            need(type(getattr(self, name)) is bool, f"{name}={getattr(self, name)!r} must be True or False")
-        for name in ("dropout", "rope_theta"):
-            need(type(getattr(self, name)) in (int, float), f"{name}={getattr(self, name)!r} must be a number")
+            need(getattr(self, flag) or value == getattr(GPT2Config, name),
+                 f"{name}={value} has no effect without {flag}: add --{flag}")
         need(0 <= self.dropout < 1, f"dropout={self.dropout} must be at least 0 and below 1")
         need(self.n_embd % self.n_head == 0, f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
              f"try n_embd={max(1, round(self.n_embd / self.n_head)) * self.n_head}")
-        need(self.rope or self.rope_theta == 10000.0, f"rope_theta={self.rope_theta} has no effect without rope: add --rope")
         need(not self.rope or self.head_dim % 2 == 0, f"rope turns pairs: the head size n_embd/n_head={self.head_dim} "
              f"must be even, so try n_embd={(self.head_dim + 1) * self.n_head}")
-        need(not self.rope or 1 < self.rope_theta < math.inf, f"rope_theta={self.rope_theta} must be above 1 and finite")
-        need(self.gqa or self.n_kv_head is None, f"n_kv_head={self.n_kv_head} has no effect without gqa: add --gqa")
-        if self.gqa and self.n_kv_head is None:
-            self.n_kv_head = max((d for d in range(1, self.n_head // 3 + 1) if self.n_head % d == 0), default=1)
-        need(not self.gqa or self.n_head % self.n_kv_head == 0, f"n_head={self.n_head} is not divisible by "
-             f"n_kv_head={self.n_kv_head}: try one of {[d for d in range(1, self.n_head + 1) if self.n_head % d == 0]}")
-        need(self.sliding_window or self.window_size is None,
-             f"window_size={self.window_size} has no effect without sliding_window: add --sliding_window")
-        if self.sliding_window and self.window_size is None:
-            self.window_size = max(1, self.block_size // 4)
-        need(not self.sliding_window or self.window_size <= self.block_size, f"window_size={self.window_size} is "
-             f"longer than block_size={self.block_size}: choose at most {self.block_size}, or leave out sliding_window")
+        need(1 < self.rope_theta <= 1e12, f"rope_theta={self.rope_theta} must be above 1, and 1e12 at most")
+        if self.gqa:
+            divisors = [d for d in range(1, self.n_head + 1) if self.n_head % d == 0]
+            if self.n_kv_head is None:
+                self.n_kv_head = max(d for d in divisors if d == 1 or d <= self.n_head // 3)
+            need(self.n_kv_head in divisors, f"n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}: "
+                 f"try one of {divisors}")
+        if self.sliding_window:
+            if self.window_size is None:
+                self.window_size = max(1, self.block_size // 4)
+            need(self.window_size <= self.block_size, f"window_size={self.window_size} is longer than block_size="
+                 f"{self.block_size}: choose at most {self.block_size}, or leave out sliding_window")
 
     @property
     def head_dim(self):
@@ -94,7 +98,7 @@ class GPT2Config:
 
     @property
     def endless(self):
-        """Whether text can go on for ever: nothing in the model depends on how far from the start a token is."""
+        """Whether text can go on for ever: nothing in the model depends on how far a token is from the start."""
         return self.rope and self.sliding_window
 
     def cache_bytes(self, tokens=1, bytes_per_number=4):
@@ -103,19 +107,20 @@ class GPT2Config:
         return 2 * self.n_layer * self.kv_heads * self.head_dim * kept * bytes_per_number
 
     def flops_per_token(self, tokens=None):
-        """Floating point operations of a forward pass per token, averaged over a text of `tokens` (default
-        block_size): 2 for each weight of a matrix, 4·C per layer for each key that is seen. Training costs 3 times that.
+        """Floating point operations of a forward pass per token, averaged over a text of `tokens` (default block_size):
+        2 for each weight of a matrix, 4·C per layer for each key that is seen. Training costs 3 times that.
         (As Kaplan et al. 2020, arXiv 2001.08361, table 1, but counting only keys the mask lets through.)"""
         T, C = tokens or self.block_size, self.n_embd
         W = min(self.window_size, T) if self.sliding_window else T
         keys = (W * (W + 1) / 2 + (T - W) * W) / T                         # mean over i of min(i + 1, W)
-        matrices = self.n_layer * (C * (C + 2 * self.kv_heads * self.head_dim) + C * C + 8 * C * C) + self.vocab_size * C
-        return 2 * matrices + 4 * self.n_layer * C * keys
+        block = C * (C + 2 * self.kv_heads * self.head_dim) + C * C + 8 * C * C
+        return 2 * (self.n_layer * block + self.vocab_size * C) + 4 * self.n_layer * C * keys
 
     def to_json(self):
         """As Hugging Face's config.json. What GPT-2 cannot express goes under another model_type, so that a reader
         that knows only GPT-2 refuses the folder instead of loading it wrongly."""
         plain = self.bias and not (self.rope or self.gqa or self.sliding_window)
+        end = 50256 if self.vocab_size > 50256 else None                   # GPT-2's end-of-text token, if there is one
         return {
             "model_type": "gpt2" if plain else "gpt2-variant",
             "architectures": ["GPT2LMHeadModel" if plain else "GPT2"],
@@ -123,7 +128,7 @@ class GPT2Config:
             "n_positions": self.block_size, "n_ctx": self.block_size,
             "embd_pdrop": self.dropout, "attn_pdrop": self.dropout, "resid_pdrop": self.dropout,
             "initializer_range": 0.02, "dtype": "float32",
-            "bos_token_id": min(50256, self.vocab_size - 1), "eos_token_id": min(50256, self.vocab_size - 1),
+            "bos_token_id": end, "eos_token_id": end,
             **{name: value for name, value in asdict(self).items() if name != "block_size"},
         }
 
@@ -134,16 +139,16 @@ class GPT2Config:
             raise ValueError("config.json does not hold a JSON object")
         model_type = saved.get("model_type", "gpt2")
         if model_type not in ("gpt2", "gpt2-variant"):
-            raise ValueError(f"config.json says model_type={str(model_type)[:50]!r}: only GPT-2 can be loaded")
-        gpt2_always = dict(activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
-                           tie_word_embeddings=(True,), scale_attn_weights=(True,), add_cross_attention=(False,),
-                           scale_attn_by_inverse_layer_idx=(False,), n_inner=(None, 4 * saved.get("n_embd", 768)
-                                                                     if type(saved.get("n_embd", 768)) is int else None))
-        for name, allowed in gpt2_always.items():
-            if name in saved and saved[name] not in allowed:
-                raise ValueError(f"config.json says {name}={str(saved[name])[:50]}: this model computes only {allowed[0]}")
+            raise ValueError(f"config.json says model_type={model_type!r:.50}: only GPT-2 can be loaded")
         known = {f.name for f in fields(cls)} - {"block_size"}
-        return cls(block_size=saved.get("n_positions", 1024), **{k: saved[k] for k in known if k in saved})
+        config = cls(block_size=saved.get("n_positions", 1024), **{k: saved[k] for k in known if k in saved})
+        for name, allowed in dict(
+                activation_function=("gelu_new", "gelu_pytorch_tanh"), layer_norm_epsilon=(1e-5,),
+                tie_word_embeddings=(True,), n_inner=(4 * config.n_embd, None), scale_attn_weights=(True,),
+                scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,)).items():
+            if name in saved and saved[name] not in allowed:
+                raise ValueError(f"config.json says {name}={saved[name]!r:.50}: this model computes only {allowed[0]}")
+        return config
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +174,7 @@ def visible(q_pos, k_pos, window=None):
 
 
 def rotary_tables(positions, head_dim, theta):
-    """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, section 3.2.2)."""
+    """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, 3.2.2)."""
     frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
     angle = positions.float()[:, None] * frequency
     return angle.cos(), angle.sin()
@@ -208,9 +213,9 @@ class KVCache:
         # Attend to the old keys and all the new ones, and only then write: writing first would drop keys that the
         # chunk's first tokens still see.
         n = min(start, self.size)
-        slot = torch.arange(n, device=k.device)
-        positions = torch.cat((start - 1 - (start - 1 - slot) % self.size, torch.arange(start, start + T, device=k.device)))
-        all_k, all_v = (torch.cat((old[..., :n, :], new), dim=-2) if n else new for old, new in ((self.k, k), (self.v, v)))
+        slot, new = torch.arange(n, device=k.device), torch.arange(start, start + T, device=k.device)
+        positions = torch.cat((start - 1 - (start - 1 - slot) % self.size, new))
+        all_k, all_v = (torch.cat((x[..., :n, :], y), dim=-2) if n else y for x, y in ((self.k, k), (self.v, v)))
         slots = positions[-min(T, self.size):] % self.size
         self.k[..., slots, :], self.v[..., slots, :] = k[..., -len(slots):, :], v[..., -len(slots):, :]
         return all_k, all_v, positions
@@ -228,7 +233,7 @@ class AttentionHead(nn.Module):
 
     def forward(self, q, k, v, rotary=None, cache=None):
         """q (..., T, D) or (..., H, T, D), k and v (..., T, D) or (..., K, T, D) -> the shape of q.
-        `rotary`: the tables of these T positions. `cache`: a KVCache that holds what came before them, extended here."""
+        `rotary`: the tables of these T positions. `cache`: the KVCache of what came before them, extended here."""
         T, past, k_pos = q.size(-2), 0, None
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
@@ -337,8 +342,43 @@ class TransformerBlock(nn.Module):
 # The model
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(x weightᵀ) with the output projection in it. The logits of a vocabulary of 50257
+    are the largest tensor of the whole step by far. Here they exist for a few rows at a time: the gradients of these
+    rows are computed while their logits are at hand, so nothing is kept and nothing computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, keep_gradients):
+        """x (N, C), weight (V, C), targets (N,), -1 where not counted -> scalar, float32."""
+        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if keep_gradients else (None, None)
+        rows = max(1, (1 << (24 if x.device.type == "cpu" else 27)) // weight.size(0))
+        for at in range(0, x.size(0), rows):
+            part, target = x[at:at + rows], targets[None, at:at + rows]
+            logits = (weight @ part.t()).float()                           # (V, rows): faster on a CPU this way round
+            highest = logits.amax(dim=0, keepdim=True)
+            known, target = target >= 0, target.clamp(min=0)
+            chosen = logits.gather(0, target) - highest
+            total = logits.sub_(highest).exp_().sum(dim=0, keepdim=True)
+            loss += (total.log() - chosen).masked_fill(~known, 0).sum()
+            if keep_gradients:                                             # d loss / d logits = softmax - one hot
+                logits.mul_(known / total).scatter_add_(0, target, -known.float())
+                logits = logits.to(part.dtype)
+                grad_x[at:at + rows] = logits.t() @ weight
+                grad_weight.addmm_(logits, part)
+        if keep_gradients:
+            ctx.save_for_backward(grad_x, grad_weight, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grad / count
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale, None, None
+
+
 class GPT2(nn.Module):
-    """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters carry Hugging Face's names.
+    """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have Hugging Face's names.
     The output projection is the token embedding itself (tied), so there is no lm_head to keep in step with it."""
 
     def __init__(self, config, seed=None):
@@ -355,7 +395,7 @@ class GPT2(nn.Module):
         ))
         if not self.transformer.wte.weight.is_meta:
             with torch.no_grad():
-                for parameter, (_, value) in zip(self.parameters(), self.initial_weights(seed)):
+                for parameter, (_, value) in zip(self.parameters(), self.initial_weights(seed), strict=True):
                     parameter.copy_(value)
 
     def initial_weights(self, seed=None):
@@ -378,10 +418,10 @@ class GPT2(nn.Module):
         (None, mean cross-entropy in nats). `cache`: see new_cache; idx is then what follows what the cache has seen.
         ValueError for a text longer than block_size, unless `rope` is on."""
         x = self.hidden(idx, cache)
-        logits = self.project(x)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.project(x), None
+        weight, keep = self.transformer.wte.weight, torch.is_grad_enabled()
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), keep)
 
     def hidden(self, idx, cache=None):
         """The final hidden states (B, T, C) of idx (B, T)."""
@@ -414,6 +454,15 @@ class GPT2(nn.Module):
             return [KVCache(c.window_size, ring=True) for _ in range(c.n_layer)]
         return [KVCache(size or c.block_size) for _ in range(c.n_layer)]
 
+    @torch.no_grad()
+    def for_decoding(self):
+        """Lays the matrices out in memory for the product with one vector at a time, which is bound by the reading of
+        them: in float32 a CPU reads fastest along the longer side, otherwise row by row. Values and shapes stay."""
+        for p in self.parameters():
+            long = p.dim() == 2 and p.size(0) > p.size(1) and p.device.type == "cpu" and p.dtype == torch.float32
+            p.data = p.data.t().contiguous().t() if long else p.data.contiguous()
+        return self
+
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                  stop_token=None):
         """idx (B, T) -> (B, T + max_new_tokens). Arguments as in `stream`. A text that reached its stop_token is filled
@@ -434,19 +483,20 @@ class GPT2(nn.Module):
         With rope and sliding_window a text goes on for ever. Otherwise, where it would outgrow block_size, its last
         block_size/2 tokens are read anew, as if the text began there."""
         for name, value, ok, limit in (
-                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"), ("idx", idx.shape, idx.size(1) > 0, "a token at least"),
+                ("idx.shape", tuple(idx.shape), idx.dim() == 2 and idx.size(1) > 0, "(B, T), with a token at least"),
+                ("max_new_tokens", max_new_tokens, max_new_tokens >= 0, "0 or more"),
                 ("temperature", temperature, 0 <= temperature < math.inf, "0 or more"),
                 ("top_k", top_k, top_k is None or top_k >= 1, "1 or more"),
                 ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1")):
             if not ok:
                 raise ValueError(f"{name}={value} must be {limit}")
-        config, start, n, cache = self.config, 0, idx.size(1), None
+        config, start, cache = self.config, 0, None
         text = torch.cat((idx, idx.new_empty(idx.size(0), max_new_tokens)), dim=1)
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)
         was_training = self.training
         self.eval()
         try:
-            for n in range(n, n + max_new_tokens):
+            for n in range(idx.size(1), text.size(1)):
                 if not config.endless and n - start > config.block_size:
                     start, cache = n - max(1, config.block_size // 2), None
                 if not use_cache:
@@ -489,10 +539,10 @@ class GPT2(nn.Module):
 
 def pick(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """One token (B,) for each row of logits (B, V)."""
-    if temperature == 0:
+    if temperature < 1e-6:                                                 # next to 0 is 0, and overflows nothing
         return logits.argmax(dim=-1)
     logits, ids = logits.float() / temperature, None
-    if top_k is not None or top_p is not None:                             # by rank, so that ties do not widen the choice
+    if top_k is not None or top_p is not None:                             # by rank, so that ties do not widen it
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
@@ -516,23 +566,23 @@ def read_pretrained(name_or_folder, **overrides):
 
     Overrides may change what the weights leave open: dropout, flash, a shorter block_size, a window; and convert:
     gqa mean-pools the key and value heads of each group (arXiv 2305.13245, section 2.1), rope leaves out wpe."""
-    if name_or_folder in SIZES and not os.path.isdir(name_or_folder):
-        paths = [hub_file("openai-community/" + name_or_folder, name) for name in ("config.json", "model.safetensors")]
-    else:
-        paths = [os.path.join(name_or_folder, name) for name in ("config.json", "model.safetensors")]
-        if not os.path.isdir(name_or_folder):
-            raise FileNotFoundError(f"{name_or_folder!r} is no folder; the names known are {', '.join(SIZES)}")
+    files = ("config.json", "model.safetensors")
+    if os.path.isdir(name_or_folder):
+        paths = [os.path.join(name_or_folder, name) for name in files]
+        pickles = [name for name in os.listdir(name_or_folder) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
         if not os.path.exists(paths[1]):
-            others = [name for name in os.listdir(name_or_folder) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-            raise FileNotFoundError(f"{paths[1]} is not there" + (f"; {others[0]} is a pickle, which could run code, and "
-                                    "is not read: convert it with transformers' save_pretrained" if others else ""))
+            raise FileNotFoundError(f"{paths[1]} is not there" + (f"; {pickles[0]} is a pickle, which could run code: "
+                                    "convert it with transformers' save_pretrained" if pickles else ""))
+    elif name_or_folder in SIZES:
+        paths = [hub_file("openai-community/" + name_or_folder, name) for name in files]
+    else:
+        raise FileNotFoundError(f"{name_or_folder!r} is no folder; the names known are {', '.join(SIZES)}")
     with open(paths[0], "rb") as f:
         try:
-            saved = GPT2Config.from_json(json.loads(f.read()))
+            saved = GPT2Config.from_json(json.load(f))
         except (ValueError, RecursionError) as e:
             raise ValueError(f"{paths[0]}: {e}") from None
-    tensors, _ = read_safetensors(paths[1])
-    return convert(saved, named_weights(saved, tensors, paths[1]), overrides)
+    return convert(saved, named_weights(saved, read_safetensors(paths[1])[0], paths[1]), overrides)
 
 
 def named_weights(config, tensors, path):
@@ -540,23 +590,23 @@ def named_weights(config, tensors, path):
     bounded by what the file holds, whatever config.json claims."""
     tensors = {name.removeprefix("transformer."): t for name, t in tensors.items()}
     if config.n_layer > len(tensors):
-        raise ValueError(f"{path}: config.json asks for {config.n_layer} layers, the file holds {len(tensors)} tensors")
-    if "lm_head.weight" in tensors and "wte.weight" in tensors and not torch.equal(tensors["lm_head.weight"], tensors["wte.weight"]):
-        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but in GPT-2 they are one")
+        raise ValueError(f"{path}: config.json asks for {config.n_layer} layers, the file has {len(tensors)} tensors")
     with torch.device("meta"):
         wanted = {name.removeprefix("transformer."): p.shape for name, p in GPT2(config).named_parameters()}
     missing = [name for name in wanted if name not in tensors]
     extra = [name for name in tensors if name not in wanted and not name.endswith(IGNORED)]
     if missing or extra:
-        raise ValueError(f"{path}: {'lacks ' + missing[0] if missing else 'holds an unknown ' + extra[0][:80]}"
+        raise ValueError(f"{path}: {'lacks ' + missing[0] if missing else f'holds an unknown {extra[0]!r:.80}'}"
                          f" ({len(missing)} missing, {len(extra)} unknown)")
+    head, wte = tensors.get("lm_head.weight"), tensors["wte.weight"]
+    if head is not None and (head.dtype != wte.dtype or not torch.equal(head, wte)):
+        raise ValueError(f"{path}: lm_head.weight differs from wte.weight, but in GPT-2 they are one")
     weights = {}
     for name, shape in wanted.items():
-        t = tensors[name].float()
-        t = t.t() if name.endswith(TRANSPOSED) and t.dim() == 2 else t
+        t = tensors[name].t() if name.endswith(TRANSPOSED) and tensors[name].dim() == 2 else tensors[name]
         if t.shape != shape:
-            raise ValueError(f"{path}: {name} has shape {tuple(tensors[name].shape)}, config.json asks for {tuple(shape)}")
-        weights["transformer." + name] = t
+            raise ValueError(f"{path}: {name} has shape {tuple(t.shape)}, config.json asks for {tuple(shape)}")
+        weights["transformer." + name] = t.float()
     return weights
 
 
@@ -564,8 +614,9 @@ def convert(saved, weights, overrides):
     """Fits weights of a model `saved` to the config that `overrides` ask for; see read_pretrained."""
     overrides = {name: value for name, value in overrides.items() if value is not None}
     for name in ("n_layer", "n_head", "n_embd", "vocab_size", "bias", *(["rope_theta"] if saved.rope else [])):
-        if overrides.get(name, getattr(saved, name)) != getattr(saved, name):
-            raise ValueError(f"{name}={overrides[name]} contradicts the checkpoint, which has {name}={getattr(saved, name)}")
+        has = getattr(saved, name)
+        if overrides.get(name, has) != has:
+            raise ValueError(f"{name}={overrides[name]} contradicts the checkpoint, which has {name}={has}")
     for name in ("rope", "gqa"):
         if getattr(saved, name) and overrides.get(name) is False:
             raise ValueError(f"the checkpoint was made with {name}, which cannot be taken out again")
@@ -575,7 +626,7 @@ def convert(saved, weights, overrides):
         overrides["window_size"] = min(saved.window_size, overrides["block_size"])
     config, notes = replace(saved, **overrides), []
     if config.block_size > saved.block_size and not config.rope:
-        raise ValueError(f"block_size={config.block_size} is beyond the {saved.block_size} learned positions of the checkpoint")
+        raise ValueError(f"block_size={config.block_size} exceeds the checkpoint's {saved.block_size} positions")
     if config.rope and not saved.rope:
         del weights["transformer.wpe.weight"]
         notes.append("rope: the learned positions (wpe) are left out")
@@ -584,7 +635,7 @@ def convert(saved, weights, overrides):
         notes.append(f"block_size: the first {config.block_size} of {saved.block_size} positions are kept")
     if config.kv_heads != saved.kv_heads:
         if saved.kv_heads % config.kv_heads:
-            raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's {saved.kv_heads} key/value heads")
+            raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's {saved.kv_heads}")
         for name in [name for name in weights if "c_attn" in name]:
             q, k, v = weights[name].split([saved.n_embd] + 2 * [saved.kv_heads * saved.head_dim])
             k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).mean(1).flatten(0, 1) for x in (k, v))
@@ -596,187 +647,189 @@ def convert(saved, weights, overrides):
 
 
 def read_safetensors(path):
-    """-> ({name: tensor}, {metadata}); the tensors are mapped from the file, copy-on-write. The format: 8 bytes with the
-    header's length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the numbers. ValueError for a file that
-    is damaged in any way; nothing in it is ever run, and nothing is allocated on its word."""
+    """-> ({name: tensor}, {metadata}); the tensors are mapped from the file, copy-on-write. The format: 8 bytes with
+    the header's length N, N bytes of JSON {name: {dtype, shape, data_offsets}}, then the numbers without a gap.
+    ValueError for a file that is damaged in any way; nothing in it is ever run or allocated on its word."""
     def need(ok, message):
         if not ok:
             raise ValueError(f"{path}: {message}")
     with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        start = f.read(8)
-        need(not start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")),
-             "is a pickle, not safetensors: it could run code and is not read")
+        size, start = os.fstat(f.fileno()).st_size, f.read(8)
         need(len(start) == 8, f"is cut short: {size} bytes")
         length = int.from_bytes(start, "little")
-        need(8 + length <= size, f"is damaged or cut short: its header claims {length:,} bytes, the file has {size:,}")
+        brace = f.read(1)
+        need(brace == b"{" or not start.startswith((b"PK", b"\x80")), "is a pickle, which could run code: not read")
+        need(brace == b"{" and length <= min(size - 8, 100_000_000),
+             f"is damaged or cut short: its header claims {length:,} bytes, the file has {size:,}")
         try:
-            header = json.loads(f.read(length))
+            header = json.loads(brace + f.read(length - 1))
         except (ValueError, RecursionError):
             need(False, "its header is not JSON: the file is damaged")
-        need(isinstance(header, dict), "its header is no JSON object")
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
-    metadata, tensors, spans = header.pop("__metadata__", {}), {}, []
-    need(isinstance(metadata, dict), "its __metadata__ is no JSON object")
+    metadata, tensors, at = header.pop("__metadata__", {}), {}, 0
+    need(isinstance(metadata, dict) and all(type(v) is str for v in metadata.values()), "its __metadata__ is no text")
     for name, entry in header.items():
-        need(isinstance(entry, dict) and {"dtype", "shape", "data_offsets"} <= entry.keys(), f"{name[:80]!r} has no dtype, shape or data_offsets")
-        shape, offsets = entry["shape"], entry["data_offsets"]
-        for numbers in (shape, offsets):
-            need(isinstance(numbers, list) and all(type(n) is int and 0 <= n < 2**63 for n in numbers), f"{name[:80]!r} has a wrong shape or offset")
+        entry = entry if isinstance(entry, dict) else {}
+        shape, offsets = entry.get("shape"), entry.get("data_offsets")
+        need(isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2 and len(shape) <= 8
+             and all(type(n) is int and n >= 0 for n in shape + offsets) and isinstance(entry.get("dtype"), str),
+             f"{name!r:.80} has a wrong dtype, shape or data_offsets")
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        (begin, end), shape, dtype = entry["data_offsets"], entry["shape"], DTYPES.get(entry["dtype"])
+        need(begin == at, f"{name!r:.80} begins at byte {begin}, but what comes before it ends at {at}")
+        need(begin < end <= size - 8 - length, f"{name!r:.80} reaches beyond the end of the file: it is cut short")
+        at, place = end, 8 + length + begin
         if name.endswith(IGNORED[:2]):                                     # old exports keep masks as bytes or booleans
             continue
-        need(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES,
-             f"{name[:80]!r} has dtype {str(entry['dtype'])[:20]!r}; read are {', '.join(DTYPES)}")
-        need(len(offsets) == 2 and len(shape) <= 8, f"{name[:80]!r} has a wrong shape or offset")
-        dtype, (begin, end) = DTYPES[entry["dtype"]], offsets
-        need(begin <= end <= size - 8 - length, f"{name[:80]!r} reaches beyond the end of the file, which is cut short or damaged")
-        need(math.prod(shape) * dtype.itemsize == end - begin, f"{name[:80]!r} has {end - begin} bytes for shape {str(shape)[:80]}")
-        spans.append((begin, end, name))
-        if begin == end:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-        elif (8 + length + begin) % dtype.itemsize == 0:
-            tensors[name] = torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=8 + length + begin).view(shape)
-        else:                                                              # a header that does not align what follows
-            raw = bytearray(mapped[8 + length + begin:8 + length + end])
-            tensors[name] = torch.frombuffer(raw, dtype=dtype).view(shape)
-    spans.sort()
-    for (_, end, a), (begin, _, b) in zip(spans, spans[1:]):
-        need(end <= begin, f"{a[:80]!r} and {b[:80]!r} overlap")
+        need(dtype, f"{name!r:.80} has dtype {entry['dtype']!r:.20}; read are {', '.join(DTYPES)}")
+        count = math.prod(shape)
+        need(count * dtype.itemsize == end - begin, f"{name!r:.80} has {end - begin} bytes for shape {str(shape):.80}")
+        # a header may leave the numbers unaligned: then they are copied
+        raw, place = (bytearray(mapped[place:place + end - begin]), 0) if place % dtype.itemsize else (mapped, place)
+        tensors[name] = torch.frombuffer(raw, dtype=dtype, count=count, offset=place).view(shape)
+    need(at == size - 8 - length, f"holds {size - 8 - length - at} bytes that belong to no tensor")
     return tensors, metadata
 
 
 def write_safetensors(path, shapes, tensors, metadata=None):
     """Writes `tensors`, one at a time in the order of `shapes` ({parameter: anything with a .shape}), as float32 in
-    Hugging Face's layout. An iterator keeps memory at one tensor. Ends with the bytes on the disk."""
+    Hugging Face's layout. An iterator keeps memory at one tensor. Ends with the bytes on the disk, and only then takes
+    the place of an older file, which these very tensors may be mapped from."""
     header, offset = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name, like in shapes.items():
         shape = list(like.shape)[::-1] if name.endswith(TRANSPOSED) else list(like.shape)
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset := offset + 4 * math.prod(shape)]}
+        end = offset + 4 * math.prod(shape)
+        header[name], offset = {"dtype": "F32", "shape": shape, "data_offsets": [offset, end]}, end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)                                        # so that the numbers are aligned
-    with open(path, "wb") as f:
+    with open(path + ".part", "wb") as f:
         f.write(len(text).to_bytes(8, "little") + text)
-        for name, tensor in zip(shapes, tensors):
+        for name, tensor in zip(shapes, tensors, strict=True):
             tensor = tensor.detach().float().cpu()
             f.write((tensor.t() if name.endswith(TRANSPOSED) else tensor).contiguous().numpy().data)
         f.flush()
         os.fsync(f.fileno())
+    os.replace(path + ".part", path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Downloads
 
 
-def hub_file(repo, name, kind=""):
-    """The path of a file of the Hugging Face hub, downloaded at most once. HF_ENDPOINT names a mirror, HF_TOKEN opens
-    private files, HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids the network. Files that transformers has already
-    fetched are used where they lie. `kind`: "" for models, "datasets/" for data sets."""
-    home = os.environ.get("HF_HOME") or os.path.join(os.path.expanduser("~"), ".cache", "huggingface")
-    folder = os.path.join(home, "hub", f"{kind.replace('/', '--') or 'models--'}{repo.replace('/', '--')}")
-    revision = "main"
-    if os.path.exists(ref := os.path.join(folder, "refs", "main")):
-        with open(ref) as f:
-            revision = re.fullmatch(r"[0-9a-f]{40}|", f.read().strip()).group() or "main"
-    for path in (os.path.join(folder, "snapshots", r, name) for r in (revision, "main")):
-        if os.path.exists(path):
-            return path
+def hub_file(repo, name):
+    """The path of a file of a model on the Hugging Face hub, downloaded at most once. HF_ENDPOINT names a mirror,
+    HF_TOKEN opens private files, HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids the network. Files that transformers
+    has already fetched are used where they lie."""
+    hub = os.path.join(os.path.expanduser(os.environ.get("HF_HOME") or "~/.cache/huggingface"), "hub")
+    for alias in (repo.split("/")[-1], repo):                              # transformers may know it by the short name
+        folder = os.path.join(hub, "models--" + alias.replace("/", "--"))
+        try:
+            with open(os.path.join(folder, "refs", "main"), encoding="ascii") as f:
+                commit = re.match(r"[0-9a-f]{40}$|", f.read(41)).group()
+        except (OSError, ValueError):
+            commit = ""
+        for path in (os.path.join(folder, "snapshots", revision, name) for revision in (commit or "main", "main")):
+            if os.path.exists(path):
+                return path
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"HF_HUB_OFFLINE is set and {path} is not there: copy {name} of {repo} to that place")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN")
-    return download(f"{endpoint}/{kind}{repo}/resolve/main/{name}", path, token=token)
+    return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"))
 
 
-def download(url, path, sha256=None, token=None, tries=5):
-    """Fetches url to `path` and returns `path`. The bytes go to path.part, which a later call continues with a Range
-    request; they are checked against `sha256`, or the hash that the hub announces, and moved into place whole.
+def download(url, path, sha256=None, token=None, tries=3):
+    """Fetches url to `path` and returns `path`. The bytes go to path.part, which a later try or call continues with a
+    Range request; they are checked against `sha256`, or the hash that the hub announces, and moved into place whole.
     ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong."""
     import requests
-    part, mirror = path + ".part", " (behind a proxy or a mirror? set HTTPS_PROXY or HF_ENDPOINT)"
+    part, failures = path + ".part", 0
+    session = requests.Session()
+    session.headers["Accept-Encoding"] = "identity"
+    if token:                                                              # requests takes it off for another host
+        session.headers["Authorization"] = f"Bearer {token.strip()}"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    for attempt in range(tries):
+    while True:
+        had = bytes_in(part)
         try:
-            size, announced = announcement(url, token)
-            expected = sha256 or announced
-            fetch(url, part, size, token)
-            break
-        except (requests.Timeout, requests.exceptions.ChunkedEncodingError, requests.ConnectionError) as e:
-            if attempt == tries - 1 or (not os.path.exists(part) and attempt):
-                kept = f"; {os.path.getsize(part):,} bytes are kept, run it again to go on" if os.path.exists(part) else ""
-                raise ConnectionError(f"{url}: {type(e).__name__}: the connection failed{kept or mirror}") from None
-            time.sleep(min(2 ** attempt, 10) / 4)
-    if size is not None and os.path.getsize(part) != size:
-        got = os.path.getsize(part)
-        if got > size:
-            os.remove(part)
-        raise ConnectionError(f"{url}: {got:,} bytes came, {size:,} were announced: run it again")
+            size, announced = announcement(session, url)
+            if had != size:
+                size = fetch(session, url, part, size)
+            if size is None or bytes_in(part) >= size:
+                break
+            problem = f"it ended after {bytes_in(part):,} of {size:,} bytes"
+        except requests.RequestException as e:
+            problem = type(e).__name__                                     # its message may quote the token
+        failures = 1 if bytes_in(part) > had else failures + 1
+        if failures == tries:
+            raise ConnectionError(f"{url}: the connection failed ({problem}): " + (
+                f"{bytes_in(part):,} bytes are kept, run it again to go on" if bytes_in(part) else
+                "behind a proxy or a mirror? set HTTPS_PROXY or HF_ENDPOINT"))
+        time.sleep(failures / 4)
+    expected, got = sha256 or announced, bytes_in(part)
     if expected is None:
         print(f"{os.path.basename(path)}: the server announces no hash, so only the size was checked", file=sys.stderr)
-    elif file_hash(part, expected) != expected:
+    if size not in (None, got) or expected and file_hash(part, expected) != expected:
         os.remove(part)
-        raise ConnectionError(f"{url}: the hash of what came is not {expected}: the file was discarded, try again")
+        raise ConnectionError(f"{url}: what came ({got:,} bytes) is not what was announced ({size or got:,} bytes, "
+                              f"hash {expected}): it was discarded, try again")
     os.replace(part, path)
     return path
 
 
-def announcement(url, token):
-    """-> (size or None, hash or None), asked before the redirect, where alone the hub tells them: X-Linked-Etag is a
-    file's sha256; the ETag of a small file is git's sha1 of it."""
-    import requests
+def bytes_in(path):
+    return os.path.getsize(path) if os.path.exists(path) else 0
+
+
+def announcement(session, url):
+    """-> (size or None, hash or None), asked before the redirect to another host, where alone the hub tells them:
+    X-Linked-Etag is a file's sha256; the ETag of a small file is git's sha1 of it."""
     for _ in range(5):
-        headers = {"Accept-Encoding": "identity", **({"Authorization": f"Bearer {token}"} if token else {})}
-        reply = requests.head(url, headers=headers, allow_redirects=False, timeout=(10, 30))
+        reply = session.head(url, allow_redirects=False, timeout=(10, 30))
         check_status(reply, url)
-        etag = (reply.headers.get("X-Linked-Etag") or reply.headers.get("ETag") or "").removeprefix("W/").strip('"').lower()
-        size = reply.headers.get("X-Linked-Size") or (reply.headers.get("Content-Length") if reply.status_code == 200 else None)
-        location = reply.headers.get("Location", "")
-        if reply.status_code == 200 or "X-Linked-Etag" in reply.headers or not location.startswith("/") or location.startswith("//"):
-            known = re.fullmatch(r"[0-9a-f]{64}", etag) if "X-Linked-Etag" in reply.headers else re.fullmatch(r"[0-9a-f]{40}", etag)
-            return int(size) if size and size.isdigit() else None, etag if known else None
+        linked, location = "X-Linked-Etag" in reply.headers, reply.headers.get("Location", "")
+        if linked or not re.match(r"/[^/]", location):
+            size = reply.headers.get("X-Linked-Size" if linked or location else "Content-Length", "")
+            etag = reply.headers.get("X-Linked-Etag" if linked else "ETag", "").removeprefix("W/").strip('"').lower()
+            return (int(size) if re.fullmatch(r"[0-9]{1,15}", size) else None,
+                    etag if re.fullmatch(r"[0-9a-f]{64}" if linked else r"[0-9a-f]{40}", etag) else None)
         url = urljoin(url, location)                                       # a relative redirect stays on this host
     raise ConnectionError(f"{url}: too many redirects")
 
 
-def fetch(url, part, size, token):
-    """Appends to `part` what is missing of url, with a progress line."""
-    import requests
-    have = os.path.getsize(part) if os.path.exists(part) else 0
-    if size is not None and have == size:
-        return
-    headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={have}-"} if have else {}),
-               **({"Authorization": f"Bearer {token}"} if token else {})}
-    # requests itself drops Authorization when a redirect leads to another host
-    with requests.get(url, headers=headers, stream=True, timeout=(10, 30)) as reply:
-        if reply.status_code == 416:                                       # our part is no beginning of this file
+def fetch(session, url, part, size):
+    """Appends to `part` what is missing of url, with a progress line. Returns the size, if only now it is known."""
+    have = bytes_in(part)
+    with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True, timeout=(10, 30)) as reply:
+        if reply.status_code == 416 and have:                              # our part is no beginning of this file
             os.remove(part)
-            raise requests.ConnectionError("stale part")
+            return fetch(session, url, part, size)
         check_status(reply, url)
-        if have and not (reply.status_code == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")):
+        length, served = reply.headers.get("Content-Length", ""), reply.headers.get("Content-Range", "")
+        if reply.status_code != 206 or not served.startswith(f"bytes {have}-"):
             have = 0                                                       # the server starts over, and so do we
-        if size is None and reply.headers.get("Content-Length", "").isdigit():
-            size = have + int(reply.headers["Content-Length"])
-        began, shown, at_start = time.time(), 0.0, have
+        if size is None and re.fullmatch(r"[0-9]{1,15}", length):
+            size = have + int(length)
+        at_start, began, shown, tty = have, time.time(), 0.0, sys.stderr.isatty()
         with open(part, "ab" if have else "wb") as f:
-            for chunk in reply.iter_content(1 << 20):
+            for chunk in reply.iter_content(1 << 16):                      # what a cut connection can lose
                 f.write(chunk)
-                have += len(chunk)
-                now = time.time()
-                if now - shown > (0.2 if sys.stderr.isatty() else 10) or have == size:
-                    shown, rate = now, (have - at_start) / max(now - began, 1e-9)
-                    done = f"{have / 1e6:,.1f}" + (f" of {size / 1e6:,.1f} MB  {have / size:4.0%}" if size else " MB")
-                    left = f"  {(size - have) / max(rate, 1):,.0f} s left" if size else ""
-                    print(f"{os.path.basename(part)[:-5]}  {done}  {rate / 1e6:.1f} MB/s{left}   ",
-                          end="\r" if sys.stderr.isatty() and have != size else "\n", file=sys.stderr, flush=True)
+                have, now = have + len(chunk), time.time()
+                if now - shown > (0.2 if tty else 10) or have == size:
+                    shown, rate = now, max(have - at_start, 1) / max(now - began, 1e-9)
+                    of = f" of {size / 1e6:,.1f}" if size else ""
+                    left = f"  {have / size:4.0%}  {(size - have) / rate:,.0f} s left" if size else ""
+                    print(f"{os.path.basename(part)[:-5]}  {have / 1e6:,.1f}{of} MB{left}  {rate / 1e6:.1f} MB/s   ",
+                          end="\r" if tty and have != size else "\n", file=sys.stderr, flush=True)
             f.flush()
             os.fsync(f.fileno())
-        if size is not None and have < size:
-            raise requests.ConnectionError("cut short")
+    return size
 
 
 def check_status(reply, url):
-    cure = {401: "it asks for a token: set HF_TOKEN", 403: "access is refused: is HF_TOKEN right?", 404: "there is no such file"}
     if reply.status_code >= 400:
-        raise ConnectionError(f"{url}: HTTP {reply.status_code}: {cure.get(reply.status_code, 'the server refused: try again later')}")
+        cure = {401: "it asks for a token: set HF_TOKEN", 403: "access is refused: is HF_TOKEN right?",
+                404: "there is no such file"}.get(reply.status_code, "the server refused: try again later")
+        raise ConnectionError(f"{url}: HTTP {reply.status_code}: {cure}")
 
 
 def file_hash(path, expected):
@@ -803,7 +856,7 @@ def main():
     print(f"loss {loss:.4f} nats (an even guess over {config.vocab_size} tokens: {math.log(config.vocab_size):.4f})")
     print(f"greedy continuation: {model.generate(input_ids[:1], 8, temperature=0)[0, 16:].tolist()}\n")
 
-    print("GPT-2 124M at 1024 tokens, what each flag changes (cache of one text in bfloat16, FLOPs of a forward pass):\n")
+    print("GPT-2 124M at 1024 tokens, what each flag changes (cache: one text in bfloat16; FLOPs: a forward pass):\n")
     print(f"{'':16}{'parameters':>13}{'cache, B/token':>16}{'cache, full':>13}{'MFLOPs/token':>14}")
     flags = {"plain": {}, "rope": dict(rope=True), "gqa": dict(gqa=True), "sliding_window": dict(sliding_window=True)}
     flags["all three"] = {**flags["rope"], **flags["gqa"], **flags["sliding_window"]}
@@ -811,7 +864,8 @@ def main():
         config = GPT2Config(**flag)
         with torch.device("meta"):                                         # shapes without numbers
             parameters = GPT2(config).num_parameters()
-        print(f"{name:16}{parameters:13,}{config.cache_bytes(1, 2):16,}{config.cache_bytes(config.block_size, 2) / 1e6:10.2f} MB"
+        full = config.cache_bytes(config.block_size, 2) / 1e6
+        print(f"{name:16}{parameters:13,}{config.cache_bytes(1, 2):16,}{full:10.2f} MB"
               f"{config.flops_per_token() / 1e6:14.1f}")
     print(f"\ngqa: {GPT2Config(gqa=True).n_kv_head} key/value heads for 12 query heads; "
           f"sliding_window: {GPT2Config(sliding_window=True).window_size} tokens")
