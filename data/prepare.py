@@ -9,12 +9,15 @@ Text to tokens. Each data set is a short function below; add one and it has a na
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the tokenizer).
 """
 import argparse
+import codecs
+import contextlib
 import difflib
 import functools
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -65,8 +68,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """-> UTF-8. A GPT-2 token can be a part of a character, so only whole texts are sure to be whole UTF-8."""
+        ids = [i for i in ids if i < self.vocab_size]                      # a model's vocabulary may be rounded up
         if self.name == "gpt2":
-            return gpt2_bpe().decode_bytes([i for i in ids if i < self.vocab_size])
+            return gpt2_bpe().decode_bytes(ids)
         return "".join("<|endoftext|>" if i == self.end_of_text else self.characters[i] for i in ids).encode()
 
     def decode(self, ids):
@@ -164,10 +168,10 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
                 files += [os.path.join(where, name) for name in sorted(names) if not name.startswith(".")]
         else:
             files.append(path)
-    binary = [path for path in files if is_binary(path)]
-    files = [path for path in files if path not in set(binary)]
+    binary = dict.fromkeys(path for path in files if is_binary(path))
+    files = [path for path in files if path not in binary]
     if binary:
-        print(f"{len(binary)} files that are not text are left out, the first: {binary[0]}")
+        print(f"{len(binary)} files that are not text are left out, the first: {next(iter(binary))}")
 
     def documents():
         for path in files:
@@ -182,101 +186,108 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
 # Reading and writing
 
 
+@contextlib.contextmanager
 def open_text(path, mode="rt"):
+    """Opens a file that may be a .gz. ValueError where it turns out not to be UTF-8, or damaged."""
     opener = gzip.open if path.endswith(".gz") else open
-    return opener(path, mode, **({} if "b" in mode else dict(encoding="utf-8", newline="")))
+    try:
+        with opener(path, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
+            yield f
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} cannot be read ({e}): mend it, convert it to UTF-8, or leave it out") from None
 
 
 def is_binary(path):
     try:
         with open_text(path, "rb") as f:
             head = f.read(1 << 16)
-        head[:-4].decode() if len(head) == 1 << 16 else head.decode()
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 1 << 16)  # the cut may be in a character
         return b"\0" in head
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
-        # a cut in the middle of a character is no fault
-        return not (isinstance(e, UnicodeDecodeError) and len(head) == 1 << 16 and e.start >= len(head) - 8)
+    except ValueError:
+        return True
+
+
+CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 def read_pieces(path, size=1 << 20):
-    """A file's text in pieces of about `size` characters, cut after a line break between two characters that are not
-    white space: there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
+    """A file's text in pieces of about `size` characters. A piece ends before white space that follows something else:
+    there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
     rest = ""
-    try:
-        with open_text(path) as f:
-            while more := f.read(size):
-                rest += more
-                cut = len(rest) - 1
-                while cut > 0 and (cut := rest.rfind("\n", 1, cut)) > 0:
-                    if not rest[cut - 1].isspace() and not rest[cut + 1].isspace():
-                        yield rest[:cut + 1]
-                        rest = rest[cut + 1:]
-                        break
-        if rest:
-            yield rest
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 at byte {e.start} of a piece: convert it with iconv, or leave it out") from None
+    with open_text(path) as f:
+        while more := f.read(size):
+            rest += more
+            if cut := CUT.match(rest):
+                yield rest[:cut.end()]
+                rest = rest[cut.end():]
+    if rest:
+        yield rest
 
 
 def json_lines(path, field):
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
             try:
-                text = json.loads(line)[field]
-                assert isinstance(text, str)
-            except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-                raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: name the field with --field") from None
-            yield f"{path}:{number}", None, [text]
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: name the field with --field")
+            yield f"{path}:{number}", None, [record[field]]
 
 
 def write_tokens(folder, documents, tokenizer, size, val_frac=0.1):
     """documents() -> (name, "train" | "val" | None, pieces of text)... None: a hash of the name decides, and where that
     leaves nothing for validation, the tail of all tokens is taken. `size`: bytes in all, for the progress line.
     All is written beside `folder` and moved into place whole."""
+    if os.path.exists(folder) and (others := set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}):
+        raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, or move it away")
     part = folder.rstrip("/\\") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    progress = Progress(os.path.basename(folder), size)
-    if tokenizer == "char":
-        characters, count = set(), 0
-        for _, _, pieces in documents():
-            count += 1
-            for text in pieces:
-                characters.update(text)
-        characters = "".join(sorted(characters))
-        several = any(split is None for _, split, _ in documents()) and count > 1
-        tokenizer = Tokenizer("char", characters, len(characters) if several else None) if characters else None
-    else:
-        tokenizer = Tokenizer(tokenizer)
-    tokens = {"train": 0, "val": 0}
-    paths = {split: os.path.join(part, f"{split}.bin") for split in tokens}
-    with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-        files = {"train": train, "val": val}
-        for name, split, pieces in documents():
-            split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
-            for i, text in enumerate(pieces):
-                ids = tokenizer.encode(text)
-                if i == 0 and tokens[split] and tokenizer.end_of_text is not None:
-                    ids = np.concatenate((np.array([tokenizer.end_of_text], np.uint16), ids))
-                ids.astype("<u2").tofile(files[split])
-                tokens[split] += len(ids)
-                progress.add(len(text))
-    if not tokens["train"] + tokens["val"]:
-        shutil.rmtree(part)
-        raise ValueError(f"{os.path.basename(folder)}: there is no text in what was given")
-    if not (tokens["val"] and tokens["train"]) and val_frac > 0:
-        everything = np.memmap(paths["train" if tokens["train"] else "val"], dtype="<u2", mode="r")
-        cut = int(len(everything) * (1 - val_frac))
-        tokens = {"train": cut, "val": len(everything) - cut}
-        for split, ids in (("train", everything[:cut]), ("val", everything[cut:])):
-            ids.tofile(paths[split] + ".cut")
-        del everything
-        for path in paths.values():
-            os.replace(path + ".cut", path)
-    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
-        json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+    try:
+        progress = Progress(os.path.basename(folder), size)
+        if tokenizer == "char":
+            characters, count = set(), 0
+            for _, _, pieces in documents():
+                count += 1
+                for text in pieces:
+                    characters.update(text)
+            characters = "".join(sorted(characters))
+            several = any(split is None for _, split, _ in documents()) and count > 1
+            tokenizer = Tokenizer("char", characters, len(characters) if several else None) if characters else None
+        else:
+            tokenizer = Tokenizer(tokenizer)
+        tokens = {"train": 0, "val": 0}
+        paths = {split: os.path.join(part, f"{split}.bin") for split in tokens}
+        with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
+            files = {"train": train, "val": val}
+            for name, split, pieces in documents():
+                split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
+                for i, text in enumerate(pieces):
+                    ids = tokenizer.encode(text)
+                    if i == 0 and tokens[split] and tokenizer.end_of_text is not None:
+                        ids = np.concatenate((np.array([tokenizer.end_of_text], np.uint16), ids))
+                    ids.astype("<u2").tofile(files[split])
+                    tokens[split] += len(ids)
+                    progress.add(len(text))
+        if not tokens["train"] + tokens["val"]:
+            raise ValueError(f"{os.path.basename(folder)}: there is no text in what was given")
+        if not (tokens["val"] and tokens["train"]) and val_frac > 0:
+            everything = np.memmap(paths["train" if tokens["train"] else "val"], dtype="<u2", mode="r")
+            cut = int(len(everything) * (1 - val_frac))
+            tokens = {"train": cut, "val": len(everything) - cut}
+            for split, ids in (("train", everything[:cut]), ("val", everything[cut:])):
+                ids.tofile(paths[split] + ".cut")
+            del everything
+            for path in paths.values():
+                os.replace(path + ".cut", path)
+        with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
+            json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     progress.done()
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, "
           f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
@@ -353,6 +364,11 @@ def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                                # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                       # or Python complains as it flushes
+        sys.exit(141)
     except (ValueError, OSError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
 
