@@ -556,6 +556,25 @@ def test_checkpoints_cross_modes(data, alone, tmp_path, first, then):
     agree(tmp_path / "out", alone / "plain")
 
 
+def weigh(folder):
+    """Writes down, after a step, the bytes of this process's weights, gradients and optimizer state."""
+    def hook(optimizer, *_):
+        held = [t for g in optimizer.param_groups for p in g["params"] for t in (p, p.grad, *optimizer.state[p].values())]
+        local = (t.to_local() if hasattr(t, "to_local") else t for t in held)
+        pathlib.Path(folder, os.environ["RANK"]).write_text(str(sum(t.numel() * t.element_size() for t in local)))
+    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fsdp_holds_its_share(data, tmp_path, ranks):
+    """Sharding that leaves whole weights, gradients or moments in every process."""
+    shape = dict(n_embd=64, block_size=32, n_layer=2, n_head=2)
+    run("train", *flags(dataset=data, out_dir=tmp_path / "out", max_iters=1, **shape), "--fsdp", ranks=ranks, before=partial(weigh, tmp_path))
+    whole = 16 * GPT2.from_pretrained(tmp_path / "out").num_parameters()
+    shares = [int(pathlib.Path(tmp_path, str(rank)).read_text()) / whole for rank in range(ranks)]
+    assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
+
+
 def test_accumulation_that_does_not_divide(data, tmp_path):
     """A global batch silently made smaller, or an error without a number that works."""
     err = run("train", *flags(dataset=data, out_dir=tmp_path / "out"), ranks=3, code=2).err
