@@ -242,7 +242,7 @@ class Tokens(Dataset):
 
     def fingerprint(self):
         """Tells two data sets apart without reading them whole."""
-        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 1000)])) for f in self.files[:4]]
+        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 100)])) for f in self.files[:4]]
 
     def __len__(self):
         return int(self.ends[-1])
@@ -807,7 +807,13 @@ def train(team, given):
             "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata["runtime"]}})
         return step
 
-    signals, saved_step = catch_signals(), step or None
+    def not_finite(what, unharmed):
+        return Agreed(f"the {what} is not finite, at learning rate {lr:.3g}: stopped, {unharmed}. "
+                      + (f"The last checkpoint, of step {saved_step}, is in {run.out_dir}: go on with a lower rate, "
+                         f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step else
+                         "There is no checkpoint yet: start again with a lower --learning_rate"))
+
+    signals, saved_step, lr = catch_signals(), step or None, learning_rate(run, max(step - 1, 0))
     peak, flops = peak_flops(device, dtype), 3 * config.flops_per_token()
     began = last_logged = time.time()
     first_step, logged_step, batch = step, step, next_batch()
@@ -816,6 +822,8 @@ def train(team, given):
             paused, losses = time.time(), losses_now()
             better = losses["val_loss"] < best
             best, evaluated = min(best, losses["val_loss"]), step
+            if not all(map(math.isfinite, losses.values())):
+                raise not_finite(f"evaluated loss after step {step}", "nothing was saved")
             if team.chief:
                 log.record(step=step, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
@@ -845,11 +853,7 @@ def train(team, given):
         loss, norm, interrupted, terminated = team.total(
             [loss_sum * share / micro_batches, norm * share, signals.interrupted, signals.terminated], device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise Agreed(f"the {'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1} is not finite, at learning rate "
-                         f"{lr:.3g}: stopped before the weights were touched. "
-                         + (f"The last checkpoint, of step {saved_step}, is in {run.out_dir}: go on with a lower rate, "
-                            f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step else
-                            "There is no checkpoint yet: start again with a lower --learning_rate"))
+            raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}", "the weights were not touched")
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)

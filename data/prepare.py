@@ -9,12 +9,15 @@ Text to tokens. Each data set is a short function below; add one and it has a na
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the tokenizer).
 """
 import argparse
+import codecs
+import contextlib
 import difflib
 import functools
 import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import sysconfig
@@ -164,10 +167,10 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
                 files += [os.path.join(where, name) for name in sorted(names) if not name.startswith(".")]
         else:
             files.append(path)
-    binary = [path for path in files if is_binary(path)]
-    files = [path for path in files if path not in set(binary)]
+    binary = dict.fromkeys(path for path in files if is_binary(path))
+    files = [path for path in files if path not in binary]
     if binary:
-        print(f"{len(binary)} files that are not text are left out, the first: {binary[0]}")
+        print(f"{len(binary)} files that are not text are left out, the first: {next(iter(binary))}")
 
     def documents():
         for path in files:
@@ -182,57 +185,62 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
 # Reading and writing
 
 
+@contextlib.contextmanager
 def open_text(path, mode="rt"):
+    """Opens a file that may be a .gz. ValueError where it turns out not to be UTF-8, or damaged."""
     opener = gzip.open if path.endswith(".gz") else open
-    return opener(path, mode, **({} if "b" in mode else dict(encoding="utf-8", newline="")))
+    try:
+        with opener(path, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
+            yield f
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} cannot be read ({e}): mend it, convert it to UTF-8, or leave it out") from None
 
 
 def is_binary(path):
     try:
         with open_text(path, "rb") as f:
             head = f.read(1 << 16)
-        head[:-4].decode() if len(head) == 1 << 16 else head.decode()
+        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 1 << 16)  # the cut may be in a character
         return b"\0" in head
-    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as e:
-        # a cut in the middle of a character is no fault
-        return not (isinstance(e, UnicodeDecodeError) and len(head) == 1 << 16 and e.start >= len(head) - 8)
+    except ValueError:
+        return True
+
+
+CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 def read_pieces(path, size=1 << 20):
-    """A file's text in pieces of about `size` characters, cut after a line break between two characters that are not
-    white space: there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
+    """A file's text in pieces of about `size` characters. A piece ends before white space that follows something else:
+    there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
     rest = ""
-    try:
-        with open_text(path) as f:
-            while more := f.read(size):
-                rest += more
-                cut = len(rest) - 1
-                while cut > 0 and (cut := rest.rfind("\n", 1, cut)) > 0:
-                    if not rest[cut - 1].isspace() and not rest[cut + 1].isspace():
-                        yield rest[:cut + 1]
-                        rest = rest[cut + 1:]
-                        break
-        if rest:
-            yield rest
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 at byte {e.start} of a piece: convert it with iconv, or leave it out") from None
+    with open_text(path) as f:
+        while more := f.read(size):
+            rest += more
+            if cut := CUT.match(rest):
+                yield rest[:cut.end()]
+                rest = rest[cut.end():]
+    if rest:
+        yield rest
 
 
 def json_lines(path, field):
     with open_text(path) as f:
         for number, line in enumerate(f, 1):
             try:
-                text = json.loads(line)[field]
-                assert isinstance(text, str)
-            except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
-                raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: name the field with --field") from None
-            yield f"{path}:{number}", None, [text]
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                record = None
+            if not isinstance(record, dict) or not isinstance(record.get(field), str):
+                raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: name the field with --field")
+            yield f"{path}:{number}", None, [record[field]]
 
 
 def write_tokens(folder, documents, tokenizer, size, val_frac=0.1):
     """documents() -> (name, "train" | "val" | None, pieces of text)... None: a hash of the name decides, and where that
     leaves nothing for validation, the tail of all tokens is taken. `size`: bytes in all, for the progress line.
     All is written beside `folder` and moved into place whole."""
+    if os.path.exists(folder) and (others := set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}):
+        raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, or move it away")
     part = folder.rstrip("/\\") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
