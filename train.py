@@ -30,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, refuse
+from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, open_tokens, refuse
 from model import GPT2, SIZES, GPT2Config, convert, read_pretrained, read_safetensors, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ class Tokens(Dataset):
 
     def __init__(self, paths, block_size, vocab_size, expected=None):
         self.T, self.V, self.paths = block_size, vocab_size, paths
-        self.files = [self.open(path) for path in paths]
+        self.files = [open_tokens(path) for path in paths]
         self.tokens = sum(map(len, self.files))
         if expected is not None and self.tokens != expected:
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, prepare it anew")
@@ -226,19 +226,6 @@ class Tokens(Dataset):
                              f"more: use a smaller --block_size or more text")
         for i in {0, len(self) - 1}:
             self[i]
-
-    @staticmethod
-    def open(path):
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
-        if len(header) > 2 and header[0] == 20240520:                      # llm.c: 256 int32, then uint16
-            if header[1] != 1 or size != 1024 + 2 * int(header[2]):
-                raise ValueError(f"{path}: a shard of version {header[1]} with {header[2]:,} tokens would be version 1 with "
-                                 f"{1024 + 2 * int(header[2]):,} bytes, not {size:,}: it is cut short or damaged, fetch it anew")
-            return np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if size % 2 or not size:
-            raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew")
-        return np.memmap(path, dtype="<u2", mode="r")
 
     def fingerprint(self):
         """Tells two data sets apart without reading them whole."""
