@@ -254,20 +254,26 @@ class Tokens(Dataset):
 class Order(DistributedSampler):
     """torch's DistributedSampler, begun at any point and without an end: the epochs' permutations follow each other as
     one line of windows, of which process r of R takes every R-th. So a step reads the same windows whatever R is, each
-    window comes once an epoch, and the place in the line is one number: windows consumed, by all processes together."""
+    window comes once an epoch, and the place in the line is one number: windows consumed, by all processes together.
+    Of several files the order is shuffled, and the windows within each: reads stay local, and memory small."""
 
     def __init__(self, dataset, team, seed, consumed):
         super().__init__(dataset, team.size, team.rank, shuffle=True, seed=seed)
-        self.consumed = consumed
+        self.consumed, self.bounds = consumed, [0, *map(int, getattr(dataset, "ends", [len(dataset)]))]
 
     def __iter__(self):
-        consumed, n = self.consumed, len(self.dataset)
+        consumed, n, files = self.consumed, len(self.dataset), len(self.bounds) - 1
         while True:
             self.set_epoch(consumed // n)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-            for i in order[consumed % n + (self.rank - consumed) % self.num_replicas::self.num_replicas]:
-                yield int(i)
-            consumed = (self.epoch + 1) * n
+            generator, start = torch.Generator().manual_seed(self.seed + self.epoch), self.epoch * n
+            for file in torch.randperm(files, generator=generator).tolist() if files > 1 else [0]:
+                low, high = self.bounds[file:file + 2]
+                order = low + torch.randperm(high - low, generator=generator)
+                first = max(consumed - start, 0)
+                for i in order[first + (self.rank - start - first) % self.num_replicas::self.num_replicas]:
+                    yield int(i)
+                start += high - low
+            consumed = start
 
 
 def find_data(name):
@@ -723,7 +729,7 @@ def train(team, given):
     def prepare():
         if not os.path.exists(os.path.join(DATA, run.dataset, "meta.json")):
             DATASETS[run.dataset](os.path.join(DATA, run.dataset))
-    if run.dataset in DATASETS:
+    if run.dataset in DATASETS and run.dataset != "fineweb":               # 20 GB come only when asked for
         team.one_first(prepare)
     folder, paths = team.agree(lambda: find_data(run.dataset))
     tokenizer, counts = team.agree(lambda: (Tokenizer.load(folder), token_counts(folder)))
