@@ -342,6 +342,41 @@ class TransformerBlock(nn.Module):
 # The model
 
 
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of softmax(x weightᵀ) with the output projection in it. The logits of a vocabulary of 50257 are
+    the largest tensor of the whole step by far. Here they exist for a few rows at a time: the gradients of these rows
+    are computed while their logits are at hand, so nothing is kept and nothing computed twice."""
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, keep_gradients):
+        """x (N, C), weight (V, C), targets (N,), -1 where not counted -> scalar, float32."""
+        loss, count = x.new_zeros((), dtype=torch.float32), (targets >= 0).sum()
+        grad_x, grad_weight = (torch.empty_like(x), torch.zeros_like(weight)) if keep_gradients else (None, None)
+        rows = max(1, (1 << (24 if x.device.type == "cpu" else 27)) // weight.size(0))
+        for at in range(0, x.size(0), rows):
+            part, target = x[at:at + rows], targets[None, at:at + rows]
+            logits = (weight @ part.t()).float()                           # (V, rows): on a CPU this way round is faster
+            highest = logits.amax(dim=0, keepdim=True)
+            known, target = target >= 0, target.clamp(min=0)
+            chosen = logits.gather(0, target) - highest
+            total = logits.sub_(highest).exp_().sum(dim=0, keepdim=True)
+            loss += (total.log() - chosen).masked_fill(~known, 0).sum()
+            if keep_gradients:                                             # d loss / d logits = softmax - one hot
+                logits.mul_(known / total).scatter_add_(0, target, -known.float())
+                logits = logits.to(part.dtype)
+                grad_x[at:at + rows] = logits.t() @ weight
+                grad_weight.addmm_(logits, part)
+        if keep_gradients:
+            ctx.save_for_backward(grad_x, grad_weight, count)
+        return loss / count
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = grad / count
+        return grad_x * scale.to(grad_x.dtype), grad_weight * scale, None, None
+
+
 class GPT2(nn.Module):
     """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have Hugging Face's names.
     The output projection is the token embedding itself (tied), so there is no lm_head to keep in step with it."""
@@ -383,10 +418,10 @@ class GPT2(nn.Module):
         (None, mean cross-entropy in nats). `cache`: see new_cache; idx is then what follows what the cache has seen.
         ValueError for a text longer than block_size, unless `rope` is on."""
         x = self.hidden(idx, cache)
-        logits = self.project(x)
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-1)
+            return self.project(x), None
+        weight, keep = self.transformer.wte.weight, torch.is_grad_enabled()
+        return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), keep)
 
     def hidden(self, idx, cache=None):
         """The final hidden states (B, T, C) of idx (B, T)."""

@@ -35,6 +35,7 @@ OPTIONS = {
     "device": (str, "auto", "auto, cpu, cuda, cuda:1, mps"),
     "dtype": (str, "auto", "of the weights: auto, float32, bfloat16, float16"),
     "compile": (bool, False, "torch.compile: a slow start, then faster"),
+    "benchmark": (bool, False, "time prompts of 32 tokens and of 3/4 block_size, and stop"),
 }
 CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size", "flash")
 
@@ -58,6 +59,25 @@ def encode_prompt(tokenizer, text):
     for part in parts[1:]:
         ids = np.concatenate((ids, [tokenizer.end_of_text], part))
     return torch.from_numpy(ids)[None]
+
+
+def benchmark(model, samples, new=32):
+    """Times reading a prompt and then each token, with random weights' text or a trained model's alike."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    device = next(model.parameters()).device
+    for length in (32, model.config.block_size * 3 // 4):
+        idx = torch.randint(model.config.vocab_size, (samples, length), device=device)
+        times = []
+        for _ in range(2):                                                 # the first warms up
+            last = time.perf_counter()
+            for token in model.stream(idx, new + 1, temperature=0):
+                token.tolist()                                             # waits for a GPU
+                now = time.perf_counter()
+                times.append(now - last)
+                last = now
+        prompt, one = times[new + 1], float(np.median(times[new + 2:]))
+        print(f"prompt {length:5}: read at {samples * length / prompt:,.0f} tokens per second, then {samples / one:,.1f} "
+              f"tokens per second for {samples} texts; {weights / one / 1e9:,.1f} GB/s of weights")
 
 
 def main():
@@ -94,6 +114,8 @@ def main():
                          "its meta.json is missing or of another model")
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
+    if run["benchmark"]:
+        return benchmark(model.to(device, dtype), run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
     model = model.to(device, dtype)
     if run["compile"]:

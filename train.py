@@ -50,10 +50,10 @@ class Run:
     seed: int = flag(1337, "of initial weights, data order and dropout")
     batch_size: int = flag(8, "texts of block_size tokens that one process computes at a time")
     gradient_accumulation_steps: int = flag(4, "such batches in a step, over all processes together")
-    max_iters: int = flag(2000, "steps")
-    learning_rate: float = flag(2e-3, "highest learning rate")
+    max_iters: int = flag(700, "steps")
+    learning_rate: float = flag(3e-3, "highest learning rate")
     decay_lr: bool = flag(True, "warm up, then decay along a cosine")
-    warmup_iters: int = flag(100, "steps of warm-up")
+    warmup_iters: int = flag(50, "steps of warm-up")
     lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]")
     min_lr: float = flag(None, "lowest learning rate [learning_rate / 10]")
     weight_decay: float = flag(0.1, "AdamW's, on matrices only")
@@ -61,9 +61,10 @@ class Run:
     beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = unlimited")
     grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", True)
-    eval_interval: int = flag(250, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = flag(20, "batches of training and of validation data in an evaluation, all processes together")
+    eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
+    eval_iters: int = flag(10, "batches of training and of validation data in an evaluation, all processes together")
     eval_only: bool = flag(False, "evaluate once and stop", True)
+    benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", True)
     always_save_checkpoint: bool = flag(True, "False: save only when the validation loss is the best so far")
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl")
     fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", True)
@@ -484,14 +485,15 @@ def peak_flops(device, dtype):
     return next((flops for part, flops in peaks.items() if part in name), None)
 
 
-def plot(out_dirs, path):
-    """Loss curves as an SVG that any browser opens, light or dark: training thin, validation with dots."""
+def plot(out_dirs, path, over="step"):
+    """Loss curves over steps or tokens, as an SVG that any browser opens, light or dark: training thin, validation with
+    dots."""
     colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
     curves = []
     for i, out_dir in enumerate(out_dirs):
         records, color = read_metrics(out_dir), colors[i % len(colors)]
-        train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-        val = [(r["step"], r["val_loss"]) for r in records if "val_loss" in r]
+        train = [(r[over], r["loss"]) for r in records if "loss" in r]
+        val = [(r[over], r["val_loss"]) for r in records if "val_loss" in r]
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
         curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
@@ -516,9 +518,9 @@ def plot(out_dirs, path):
         svg.append(f'<path class="grid" d="M{px},{py}h{W}"/><text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, x1):
         px = at(x, low).split(",")[0]
-        svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.4g}</text>')
+        svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
     svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/><text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
-               f'step</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+               f'{over}</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
         svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
@@ -715,6 +717,40 @@ def evaluate(team, model, splits, run, device, context):
     return losses
 
 
+def benchmark(team, device, dtype, gradients, update, tokens, flops, steps=10):
+    """Times steps after two to warm up, part by part, and prints medians. Writes nothing."""
+    sync = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}.get(device.type, lambda: None)
+    peak = peak_flops(device, dtype)
+    of = "the device's peak"
+    if device.type == "cpu":                                               # the best of a few large matrix products
+        a, times = torch.randn(2048, 2048), []
+        for _ in range(5):
+            began = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - began)
+        peak, of = 2 * 2048**3 / min(times), "this CPU's sgemm"
+    rows = []
+    for _ in range(steps + 2):
+        parts, last = {}, time.perf_counter()
+
+        def mark(part, parts=parts):
+            nonlocal last
+            sync()
+            now = time.perf_counter()
+            parts[part], last = parts.get(part, 0.0) + now - last, now
+        loss, norm = gradients(mark)
+        update()
+        mark("optimizer")
+        rows.append(parts)
+    medians = {part: float(np.median([row[part] for row in rows[2:]])) for part in rows[0]}
+    seconds = float(np.median([sum(row.values()) for row in rows[2:]]))
+    team.say(f"\n{tokens / seconds:,.0f} tokens per second, {seconds * 1e3:,.1f} ms a step, median of {steps}"
+             + (f"; {tokens / seconds * flops / team.size / 1e9:,.1f} GFLOP/s a process, {tokens / seconds * flops / team.size / peak:.1%} "
+                f"of {of}, {peak / 1e9:,.0f}" if peak else "") + f"; peak memory {memory(device) / 1e9:.2f} GB")
+    for part, value in medians.items():
+        team.say(f"  {part:10}{value * 1e3:10.2f} ms{value / seconds:8.1%}")
+
+
 def train(team, given):
     device, why_device = choose_device(given.get("device", "auto"), team)
     team.join(device, given.get("backend"))
@@ -781,19 +817,51 @@ def train(team, given):
         losses = losses_now()
         return team.say(f"train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f} nats per token "
                         f"(perplexity {math.exp(losses['val_loss']):.2f})")
-    if step >= run.max_iters:
+    if step >= run.max_iters and not run.benchmark:
         return team.say(f"the run in {run.out_dir} is at step {step} of {run.max_iters}: raise --max_iters to go on")
 
-    again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
-        + " --fsdp" * run.fsdp + " --init_from=resume" + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else "")
-    log = team.agree(lambda: Log(run, config, step) if team.chief else None)
     order = Order(splits["train"], team, run.seed, consumed)
     loader = iter(DataLoader(splits["train"], run.batch_size, sampler=order, collate_fn=lambda batch: batch,
                              pin_memory=device.type == "cuda"))
 
     def next_batch():
         return [t.to(device, non_blocking=True) for t in next(loader)]
+    batch = next_batch()
 
+    def gradients(mark=lambda part: None):
+        """Forward and backward passes of the next step -> its mean loss and gradient norm, of this process. `mark` is
+        told what has just been done. The random numbers (dropout's) are a function of seed, step and process, so there
+        is no random state to save."""
+        nonlocal batch
+        torch.manual_seed(int(np.random.SeedSequence([run.seed, step, team.rank]).generate_state(1)[0]))
+        loss_sum = 0.0
+        for i in range(micro_batches):
+            team.set_sync(net, last=i == micro_batches - 1)
+            with context:
+                _, loss = net(*batch)
+            mark("forward")
+            batch = next_batch()                                           # while a GPU is at work
+            mark("data")
+            scaler.scale(loss / micro_batches).backward()
+            loss_sum = loss_sum + loss.detach()
+            mark("backward")
+        scaler.unscale_(optimizer)
+        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), run.grad_clip or math.inf))
+        return loss_sum / micro_batches, norm
+
+    def update():
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run, step)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    if run.benchmark:
+        return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
+
+    again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
+        + " --fsdp" * run.fsdp + " --init_from=resume" + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else "")
+    log = team.agree(lambda: Log(run, config, step) if team.chief else None)
     def checkpoint():
         save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
@@ -809,7 +877,7 @@ def train(team, given):
     signals, saved_step, lr = catch_signals(), step or None, learning_rate(run, max(step - 1, 0))
     peak, flops = peak_flops(device, dtype), 3 * config.flops_per_token()
     began = last_logged = time.time()
-    first_step, logged_step, batch = step, step, next_batch()
+    first_step = logged_step = step
     while True:
         if (step % run.eval_interval == 0 or step == run.max_iters) and evaluated != step:
             paused, losses = time.time(), losses_now()
@@ -818,7 +886,7 @@ def train(team, given):
             if not all(map(math.isfinite, losses.values())):
                 raise not_finite(f"evaluated loss after step {step}", "nothing was saved")
             if team.chief:
-                log.record(step=step, **losses)
+                log.record(step=step, tokens=consumed * T, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
                          + (" (best)" if better else ""))
             if step > first_step and (better or run.always_save_checkpoint):
@@ -827,29 +895,13 @@ def train(team, given):
         if step == run.max_iters or signals.stopped:
             break
 
-        # one step. Its random numbers (dropout's) are a function of seed, step and process, so there is no state to save.
-        torch.manual_seed(int(np.random.SeedSequence([run.seed, step, team.rank]).generate_state(1)[0]))
-        lr = learning_rate(run, step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        loss_sum = 0.0
-        for i in range(micro_batches):
-            team.set_sync(net, last=i == micro_batches - 1)
-            with context:
-                _, loss = net(*batch)
-            batch = next_batch()                                           # while the GPU is at work
-            scaler.scale(loss / micro_batches).backward()
-            loss_sum = loss_sum + loss.detach()
-        scaler.unscale_(optimizer)
-        norm = gathered(torch.nn.utils.clip_grad_norm_(parameters.values(), run.grad_clip or math.inf))
-        share = 1 / team.size
+        loss, norm = gradients()
+        share, lr = 1 / team.size, learning_rate(run, step)
         loss, norm, interrupted, terminated = team.total(
-            [loss_sum * share / micro_batches, norm * share, signals.interrupted, signals.terminated], device)
+            [loss * share, norm * share, signals.interrupted, signals.terminated], device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
             raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}", "the weights were not touched")
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        update()
         step, consumed = step + 1, consumed + windows_per_step
         signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
 
@@ -862,7 +914,7 @@ def train(team, given):
                      f"{speed:9,.0f} tok/s" + (f"  mfu {mfu:5.1%}" if mfu else "")
                      + (f"  {mem / 1e9:5.2f} GB" if (mem := memory(device)) else "") + f"  {clock(left)} left", stay=due)
             if due:
-                log.record(step=step, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
+                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
                            **({"mfu": mfu} if mfu else {}))
                 last_logged, logged_step = time.time(), step
 
