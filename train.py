@@ -832,6 +832,29 @@ def train(team, given):
         """Forward and backward passes of the next step -> its mean loss and gradient norm, of this process. `mark` is
         told what has just been done. The random numbers (dropout's) are a function of seed, step and process, so there
         is no random state to save."""
+    try:
+        fit(team, given, run, state, device, why_device)
+    except (RuntimeError, MemoryError) as e:
+        known = any(words in str(e) for words in ("out of memory", "allocate memory"))  # what MPS and CPU say
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not known:
+            raise
+        raise MemoryError(f"out of memory on {device}: {cure(run, given, team)}") from None
+
+
+def cure(run, given, team):
+    """What to lower when memory is short: the batch, by its smallest factor, so that the result stays what it was."""
+    training = not run.eval_only
+    if part := next((n for n in range(2, run.batch_size + 1) if run.batch_size % n == 0), None):
+        return (f"the same in smaller parts is --batch_size={run.batch_size // part}"
+                + f" --gradient_accumulation_steps={run.gradient_accumulation_steps * part}" * training
+                + f" --eval_iters={run.eval_iters * part}" * (training or "eval_iters" in given))
+    ways = ["--grad_checkpoint"] * (training and not run.grad_checkpoint)
+    ways += ["--fsdp"] * (team.distributed and not run.fsdp)
+    return "batch_size is 1 already: " + (f"the same with less memory is {' or '.join(ways)}" if ways else
+                                          "try --fsdp on more GPUs, a smaller model or a smaller --block_size")
+
+
+def fit(team, given, run, state, device, why_device):
         nonlocal batch
         torch.manual_seed(int(np.random.SeedSequence([run.seed, step, team.rank]).generate_state(1)[0]))
         loss_sum = 0.0

@@ -467,7 +467,7 @@ def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
     try:
         main()
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
     except KeyboardInterrupt:
         print(f"\n{os.path.basename(sys.argv[0])}: stopped", file=sys.stderr)
