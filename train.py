@@ -437,9 +437,10 @@ class Log:
     def line(self, text, stay=True):
         """In a terminal the line renews itself until one stays; a log file gets only those that stay."""
         if self.live:
-            if stay or len(text) <= shutil.get_terminal_size().columns:
-                print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
-                self.width = 0 if stay else len(text)
+            while len(text) >= shutil.get_terminal_size().columns and "  " in text:  # leave out the last fields
+                text = text.rpartition("  ")[0].rstrip()
+            print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
+            self.width = 0 if stay else len(text)
         elif stay:
             print(text, flush=True)
 
@@ -933,9 +934,9 @@ def fit(team, given, run, state, device, why_device):
             speed = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9)
             mfu = speed * flops / (peak * team.size) if peak else None
             left = (run.max_iters - step) * (now - began) / (step - first_step)
-            log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:6.3f}  "
-                     f"{speed:9,.0f} tok/s" + (f"  mfu {mfu:5.1%}" if mfu else "")
-                     + (f"  {mem / 1e9:5.2f} GB" if (mem := memory(device)) else "") + f"  {clock(left)} left", stay=due)
+            log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.1e}  "
+                     f"norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left" + (f"  mfu {mfu:.1%}" if mfu else "")
+                     + (f"  {mem / 1e9:.2f} GB" if (mem := memory(device)) else ""), stay=due)
             if due:
                 log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
                            **({"mfu": mfu} if mfu else {}))
