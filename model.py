@@ -712,6 +712,7 @@ class Progress:
 
     def __init__(self, name, unit="MB", scale=1e6):
         self.name, self.unit, self.scale, self.began, self.over = name, unit, scale, None, False
+        self.digits = int(scale > 1)
 
     def show(self, seen, size=None):
         """The first call says where it begins."""
@@ -720,8 +721,8 @@ class Progress:
             self.began, self.shown, self.first = now, now, seen
         if not self.over and (seen == size or now - self.shown > (0.2 if tty else 10)):
             self.shown, self.over, rate = now, seen == size, max(seen - self.first, 1) / max(now - self.began, 1e-9)
-            line = f"{self.name[:30]}  {seen / self.scale:,.1f}" + (f" of {size / self.scale:,.1f}" if size else "")
-            line += f" {self.unit}  {rate / self.scale:,.1f} {self.unit}/s"
+            numbers = [f"{n / self.scale:,.{self.digits}f}" for n in (seen, size) if n is not None]
+            line = f"{self.name[:30]}  {' of '.join(numbers)} {self.unit}  {rate / self.scale:,.1f} {self.unit}/s"
             line += f"  {seen / size:4.0%}  {(size - seen) / rate:,.0f} s left" if size and not self.over else ""
             end = "\r" if tty and not self.over else "\n"
             print(line.ljust(79) if tty else line, end=end, file=sys.stderr, flush=True)
