@@ -17,7 +17,7 @@ import time
 import numpy as np
 import torch
 
-from data.prepare import Tokenizer, command_line, guarded, refuse
+from data.prepare import Tokenizer, command_line, guarded, open_text, refuse
 from model import GPT2, SIZES, GPT2Config
 
 OPTIONS = {
@@ -45,7 +45,7 @@ def read_prompt(given):
     if start is None and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
         start = sys.stdin.read()
     if start and start.startswith("FILE:"):
-        with open(start[5:], encoding="utf-8") as f:
+        with open_text(start[5:]) as f:
             start = f.read()
     return start or "\n"
 
@@ -89,6 +89,7 @@ def main():
     for name, ok, limit in (("num_samples", run["num_samples"] >= 1, "1 or more"), ("max_new_tokens", run["max_new_tokens"] >= 1, "1 or more"),
                             ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
                             ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
+                            ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),
                             ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")):
         if not ok:
             refuse(f"--{name}={run[name]} must be {limit}")
@@ -98,6 +99,10 @@ def main():
     device = run["device"]
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):                                 # unknown, or not in this machine or this torch
+        refuse(f"--device={device} is not there: use auto, cpu, cuda, cuda:N or mps")
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])
 
@@ -115,9 +120,9 @@ def main():
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
     if run["benchmark"]:
-        return benchmark(model.to(device, dtype), run["num_samples"])
+        return benchmark(model.to(device, dtype).for_decoding(), run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
-    model = model.to(device, dtype)
+    model = model.to(device, dtype).for_decoding()
     if run["compile"]:
         model.hidden = torch.compile(model.hidden, dynamic=True)
 

@@ -16,6 +16,7 @@ import glob
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -153,7 +154,7 @@ class Team:
             dist.all_gather_object(values, value, group=self.patient)
             odd = [rank for rank, v in enumerate(values) if v != values[0]]
             if odd:
-                raise Agreed(f"process {odd[0]} of {self.size} has other {what}: {values[odd[0]]}, process 0 has {values[0]}")
+                raise Agreed(f"{what}: process {odd[0]} of {self.size} has {values[odd[0]]}, process 0 has {values[0]}")
 
     def total(self, values, device):
         """The sum over all processes of a few numbers, as Python floats; the one point where a step waits for the GPU."""
@@ -343,6 +344,23 @@ def settle(out_dir):
     os.rmdir(saved)
 
 
+def set_aside(out_dir):
+    """Moves the run that a new one would write over to out_dir/previous_run -> that folder, None if there is no run.
+    The training state goes first, so that half of a checkpoint is never resumed; the weights last, so that what a kill
+    interrupted goes on next time."""
+    if os.path.isdir(out_dir):
+        settle(out_dir)
+    if not os.path.exists(os.path.join(out_dir, "model.safetensors")):
+        return None
+    kept = os.path.join(out_dir, "previous_run")
+    os.makedirs(kept, exist_ok=True)
+    for name in ("training_state.pt", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous", "model.safetensors"):
+        if os.path.exists(os.path.join(out_dir, name)):
+            shutil.rmtree(os.path.join(kept, name), ignore_errors=True)    # a folder cannot be written over
+            os.replace(os.path.join(out_dir, name), os.path.join(kept, name))
+    return kept
+
+
 def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
     """Writes the checkpoint of state["step"]. Every process must call it; process 0 writes, a tensor at a time."""
     folder = os.path.join(out_dir, ".saving")
@@ -398,7 +416,7 @@ def load_state(out_dir):
         _, metadata = read_safetensors(os.path.join(out_dir, "model.safetensors"))
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         step = state["step"]
-        assert {"windows", "best_val_loss", "evaluated", "run", "optimizer"} <= state.keys()
+        assert {"windows", "best_val_loss", "evaluated", "scaler", "run", "optimizer"} <= state.keys()
     except OSError as e:
         raise FileNotFoundError(f"{e}{cure}") from None
     except Exception as e:                                                 # whatever a damaged archive makes torch raise
@@ -412,12 +430,16 @@ def load_state(out_dir):
 def restore(optimizer, parameters, saved):
     """The optimizer's moments, or this process's shards of them."""
     for name, p in parameters.items():
-        if name not in saved or saved[name]["exp_avg"].shape != p.shape:
+        state = saved.get(name)
+        if state == {}:                                                    # float16's first steps may all have overflowed
+            continue
+        if not state or any(getattr(state.get(key), "shape", None) != shape for key, shape in
+                            (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))):
             raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
-        optimizer.state[p] = {"step": saved[name]["step"].clone().to(p.device)}
+        optimizer.state[p] = {"step": state["step"].clone().to(p.device)}
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[p][key] = torch.zeros_like(p)
-            fill(optimizer.state[p][key], saved[name][key])
+            fill(optimizer.state[p][key], state[key])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -632,6 +654,8 @@ def check(run, given, team):
     for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed"):
         if getattr(run, name) is not None and not 0 <= getattr(run, name) < math.inf:
             refuse(f"--{name}={getattr(run, name)} must be 0 or more")
+    if run.seed >= 2**63:
+        refuse(f"--seed={run.seed} must be below 2^63")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(run, name) < 1:
             refuse(f"--{name}={getattr(run, name)} must be at least 0 and below 1")
@@ -664,6 +688,7 @@ def choose_run(given, team):
     if run.init_from in ("resume", "auto"):
         team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) else None)
         there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
+        team.same(f"is there a checkpoint in {run.out_dir}, which all machines must share", there)
         if run.init_from == "resume" and not there:
             raise Agreed(f"there is no checkpoint in {run.out_dir} to resume: name its folder with --out_dir, or leave out "
                          "--init_from to start from scratch")
@@ -672,6 +697,7 @@ def choose_run(given, team):
         refuse(f"--init_from={run.init_from} is neither scratch, resume, auto, one of {', '.join(SIZES)}, nor a folder")
     if given.get("init_from") == "resume":
         state = team.agree(lambda: load_state(run.out_dir))
+        team.same(f"the step of the checkpoint in {run.out_dir}, which all machines must share", state["step"])
         saved = {k: v for k, v in state["run"].items() if k in RUN}
         for name in ("dataset", "seed"):
             if given.get(name, saved[name]) != saved[name]:
@@ -702,9 +728,11 @@ def choose_model(run, given, team, tokenizer):
             if name not in ("dropout", "flash") and value != getattr(config, name):
                 refuse(f"--{name}={value} contradicts the checkpoint in {source}, which has {name}={getattr(config, name)}: "
                        "leave it out, or start anew with another --out_dir")
-        return replace(config, **shape), weights
     try:
-        config, weights, notes = convert(config, weights, {"dropout": FINETUNE["dropout"], **shape})
+        if run.init_from == "resume":
+            config, notes = replace(config, **shape), []
+        else:
+            config, weights, notes = convert(config, weights, {"dropout": FINETUNE["dropout"], **shape})
     except ValueError as e:
         refuse(str(e))
     for note in notes:
@@ -833,7 +861,7 @@ def train(team, given):
     run, state = choose_run(given, team)
     check(run, given, team)
     try:
-        fit(team, given, run, state, device, why_device)
+        return fit(team, given, run, state, device, why_device)
     except (RuntimeError, MemoryError) as e:
         known = any(words in str(e) for words in ("out of memory", "allocate memory"))  # what MPS and CPU say
         if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not known:
@@ -872,7 +900,7 @@ def fit(team, given, run, state, device, why_device):
     if run.eval_only:
         del paths["train"]                                                 # it may be empty
     splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split)) for split in paths})
-    team.same(f"data in {folder}", {split: data.fingerprint() for split, data in splits.items()})
+    team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
 
@@ -897,7 +925,8 @@ def fit(team, given, run, state, device, why_device):
     if state:
         step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:                                                # empty if that run was not in float16
+            scaler.load_state_dict(state["scaler"])
     state = weights = None                                                 # the mapped files may go
 
     team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
@@ -970,9 +999,13 @@ def fit(team, given, run, state, device, why_device):
     if run.benchmark:
         return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
 
+    where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
     again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
-        + " --fsdp" * run.fsdp + " --init_from=resume" + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else "")
+        + " --fsdp" * run.fsdp + " --init_from=resume" + where
+    if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
+        team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
+
     def checkpoint():
         save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
@@ -1037,10 +1070,8 @@ def fit(team, given, run, state, device, why_device):
         plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
     if not signals.stopped:
         team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
-                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py"
-                 + (f" --out_dir={run.out_dir}" if run.out_dir != Run.out_dir else ""))
-    team.leave()
-    sys.exit(signals.stopped)
+                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+    return signals.stopped
 
 
 class catch_signals:
@@ -1072,7 +1103,15 @@ def main():
                         "--nproc_per_node=2 train.py --fsdp"), ("backend", "--backend has no effect on one process")):
         if given.get(name) and not team.distributed:
             refuse(cure)
-    train(team, given)
+    try:
+        code = train(team, given)
+    except Agreed:                                                         # known to all, told by one
+        team.leave()
+        if team.chief:
+            raise
+        code = 1
+    team.leave()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

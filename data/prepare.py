@@ -12,11 +12,11 @@ tokenizer); FineWeb's shards stay as they come, in llm.c's format. A run that wa
 """
 import argparse
 import codecs
+import contextlib
 import difflib
 import functools
 import gzip
 import hashlib
-import io
 import json
 import os
 import re
@@ -80,8 +80,9 @@ class Tokenizer:
 
     def decode_bytes(self, ids):
         """-> UTF-8. A GPT-2 token can be a part of a character, so only whole texts are sure to be whole UTF-8."""
+        ids = [i for i in ids if i < self.vocab_size]                      # a model's vocabulary may be rounded up
         if self.name == "gpt2":
-            return gpt2_bpe().decode_bytes([i for i in ids if i < self.vocab_size])
+            return gpt2_bpe().decode_bytes(ids)
         return "".join("<|endoftext|>" if i == self.end_of_text else self.characters[i] for i in ids).encode()
 
     def decode(self, ids):
@@ -158,7 +159,7 @@ def shakespeare_char(folder, source=None, tokenizer="char"):
         text = f.read()
         cut = int(len(text) * 0.9)                                         # nanoGPT's split
         return [("train", "train", [text[:cut]]), ("val", "val", [text[cut:]])]
-    write_tokens(folder, [path], read, tokenizer)
+    write_tokens(folder, [os.fspath(path)], read, tokenizer)
 
 
 def shakespeare(folder, source=None):
@@ -215,16 +216,26 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
 
 PORTION = 1 << 18                     # characters that a thread encodes at a time
 JOURNAL_EVERY = 2.0                   # seconds
-UNREADABLE = (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error)
+
+
+@contextlib.contextmanager
+def open_text(path, mode="rt"):
+    """Opens a file that may be a .gz. ValueError where it turns out not to be UTF-8, or damaged."""
+    opener = gzip.open if path.endswith(".gz") else open
+    try:
+        with opener(path, mode, **({} if "b" in mode else dict(encoding="utf-8", newline=""))) as f:
+            yield f
+    except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} cannot be read ({e}): mend it, convert it to UTF-8, or leave it out") from None
 
 
 def is_binary(path):
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as f:
+        with open_text(path, "rb") as f:
             head = f.read(1 << 16)
         codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 1 << 16)  # the cut may be in a character
         return b"\0" in head
-    except UNREADABLE:
+    except ValueError:
         return True
 
 
@@ -258,14 +269,11 @@ def json_lines(path, f, field):
 
 def read_texts(path, read):
     """A file's text: (document's name, split, number of the piece in the document, piece, bytes of the file read)."""
-    try:
-        with open(path, "rb") as raw:
-            f = io.TextIOWrapper(gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw, "utf-8", newline="")
-            for name, split, pieces in read(path, f):
-                for k, text in enumerate(pieces):
-                    yield name, split, k, text, raw.tell()
-    except UNREADABLE as e:
-        raise ValueError(f"{path} cannot be read ({e}): mend it, convert it to UTF-8, or leave it out") from None
+    with open_text(path) as f:
+        source = getattr(f.buffer, "fileobj", f.buffer)                    # the .gz itself, if it is one
+        for name, split, pieces in read(path, f):
+            for k, text in enumerate(pieces):
+                yield name, split, k, text, source.tell()
 
 
 def portions(files, read, val_frac, done):
@@ -322,6 +330,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
         tokenizer = Tokenizer("char", characters, len(characters) if documents > 1 else None)
     else:
         tokenizer = Tokenizer(tokenizer)
+        tokenizer.encode("")                                               # its files may be missing
     end = np.array([tokenizer.end_of_text] if tokenizer.end_of_text is not None else [], dtype=np.uint16)
 
     sources = [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
@@ -343,32 +352,35 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
             ids[split] += [end[:begins], tokenizer.encode(text)]
         return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
 
-    with open(paths["train"], "ab") as train, open(paths["val"], "ab") as val:
-        out = {"train": train, "val": val}
-        for split, f in out.items():
-            f.truncate(2 * tokens[split])
-        for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
-            for split, ids in encoded.items():
-                if not tokens[split] and len(end):                         # not before the first document
-                    ids = ids[np.cumsum(ids != end) > 0]
-                ids.astype("<u2").tofile(out[split])
-                tokens[split] += len(ids)
-            progress.show(at, size)
-            if time.time() - written >= JOURNAL_EVERY:
-                for f in out.values():
-                    f.flush()
-                    os.fsync(f.fileno())
-                with open(journal + ".new", "w", encoding="utf-8") as f:
-                    json.dump({"origin": origin, "done": place, "tokens": tokens}, f)
-                os.replace(journal + ".new", journal)
-                written = time.time()
-    total = sum(tokens.values())
-    if not total:
+    try:
+        with open(paths["train"], "ab") as train, open(paths["val"], "ab") as val:
+            out = {"train": train, "val": val}
+            for split, f in out.items():
+                f.truncate(2 * tokens[split])
+            for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
+                for split, ids in encoded.items():
+                    if not tokens[split] and len(end):                         # not before the first document
+                        ids = ids[np.cumsum(ids != end) > 0]
+                    ids.astype("<u2").tofile(out[split])
+                    tokens[split] += len(ids)
+                progress.show(at, size)
+                if time.time() - written >= JOURNAL_EVERY:
+                    for f in out.values():
+                        f.flush()
+                        os.fsync(f.fileno())
+                    with open(journal + ".new", "w", encoding="utf-8") as f:
+                        json.dump({"origin": origin, "done": place, "tokens": tokens}, f)
+                    os.replace(journal + ".new", journal)
+                    written = time.time()
+        if not any(tokens.values()):
+            raise ValueError(f"{name}: there is no text in what was given")
+    except ValueError:                                                     # going on would end here again
         shutil.rmtree(part)
-        raise ValueError(f"{name}: there is no text in what was given")
-    if not (tokens["train"] and tokens["val"]):
+        raise
+    if not all(tokens.values()):
         if not tokens["train"]:
             os.replace(paths["val"], paths["train"])
+        total = sum(tokens.values())
         cut = int(total * (1 - val_frac))
         with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
             train.seek(2 * cut)
@@ -467,11 +479,13 @@ def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                                                # who reads the output has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                       # or Python complains as it flushes
+        sys.exit(141)
     except (ValueError, OSError, MemoryError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
-    except KeyboardInterrupt:
-        print(f"\n{os.path.basename(sys.argv[0])}: stopped", file=sys.stderr)
-        sys.exit(130)
 
 
 def main():
