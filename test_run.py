@@ -164,7 +164,7 @@ def agree(a, b, tolerance=2e-5):
     """Largest relative difference of two runs' losses and gradient norms."""
     a, b = curve(a), curve(b)
     assert [(r["step"], r.keys()) for r in a] == [(r["step"], r.keys()) for r in b]
-    worst = max(abs(x[k] - y[k]) / abs(y[k]) for x, y in zip(a, b, strict=True) for k in x if k != "step")
+    worst = max(abs(x[k] - y[k]) / (abs(y[k]) or 1) for x, y in zip(a, b, strict=True) for k in x)
     assert worst <= tolerance, worst
     return worst
 
@@ -432,7 +432,7 @@ def test_equals_a_loop_written_by_hand(data, tmp_path):
         optimizer.zero_grad()
         rows.append([step + 1, loss.item(), lr, norm.item()])
     for record, row in zip(curve(tmp_path / "out"), rows, strict=True):
-        assert list(record.values()) == pytest.approx(row, rel=2e-5)
+        assert [v for k, v in record.items() if k != "tokens"] == pytest.approx(row, rel=2e-5)
 
 
 def test_evaluation_changes_nothing(data, straight, tmp_path):
@@ -988,7 +988,7 @@ def bad(data, straight, tmp_path_factory):
     for name in ("pickle", "short", "bpe", "nometa"):
         for file in ("config.json", "model.safetensors", "meta.json"):
             shutil.copy(straight / "whole" / file, tmp / name)
-    (tmp / "pickle/model.safetensors").write_bytes(pickle.dumps(1))
+    (tmp / "pickle/model.safetensors").write_bytes(pickle.dumps(list(range(9))))
     (tmp / "short/model.safetensors").write_bytes((tmp / "short/model.safetensors").read_bytes()[:-9])
     (tmp / "bpe/meta.json").write_text('{"tokenizer": "gpt2"}')
     (tmp / "nometa/meta.json").unlink()
@@ -1053,7 +1053,7 @@ def test_flags(capsys):
     ("sample", "--init_from=gpt3", 2, "neither resume"), ("sample", "--out_dir={tmp}/empty", 1, "no checkpoint in"),
     ("sample", "--start=FILE:{tmp}/none", 1, "none"), ("sample", "--start=FILE:{tmp}/latin.jsonl", 1, "latin.jsonl"),
     ("sample", "--init_from={tmp}/pickle", 1, "could run code"), ("sample", "--init_from={tmp}/short", 1, "cut short"),
-    ("sample", "--init_from={tmp}/nometa", 1, "meta.json is missing"), ("sample", "--block_size=99", 1, "beyond the 32 learned positions"),
+    ("sample", "--init_from={tmp}/nometa", 1, "meta.json is missing"), ("sample", "--block_size=99", 1, "the checkpoint's 32 positions"),
     ("sample", "--init_from=gpt2", 1, "gpt2/resolve/main/config.json"),
     ("prepare", "", 2, "say what to prepare"), ("prepare", "shakespeare_chr", 2, "did you mean shakespeare_char?"), ("prepare", "{tmp}/text", 2, "--name=NAME"),
     ("prepare", "{tmp}/none --name=x", 1, "neither a file"), ("prepare", "{tmp}/text --name=stdlib", 2, "choose another"),
