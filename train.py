@@ -951,8 +951,7 @@ def fit(team, given, run, state, device, why_device):
             spans = spans[np.linspace(0, len(spans) - 1, min(len(spans), run.eval_iters * run.batch_size)).astype(int)]
         team.say(f"windows   {len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
                  f"{T - stride + 1} or more")
-        measure(team, model, splits["val"], tokenizer, spans, run.batch_size, device, context)
-        return team.leave()
+        return measure(team, model, splits["val"], tokenizer, spans, run.batch_size, device, context)
 
     def losses_now():
         losses = evaluate(team, model, splits, run, device, context)

@@ -318,6 +318,9 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
         raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, "
                          "or move it away")
     name, part = os.path.basename(folder), folder.rstrip("/\\") + ".part"
+    nothing = ValueError(f"{name}: there is no text in what was given")
+    if not any(map(os.path.getsize, files)):
+        raise nothing
     if tokenizer == "char":
         seen, documents = np.zeros(0x110000, dtype=bool), 0
         for path in files:
@@ -326,7 +329,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
                 documents += split is None and k == 0
         characters = "".join(map(chr, np.flatnonzero(seen)))
         if not characters:
-            raise ValueError(f"{name}: there is no text in what was given")
+            raise nothing
         tokenizer = Tokenizer("char", characters, len(characters) if documents > 1 else None)
     else:
         tokenizer = Tokenizer(tokenizer)
@@ -373,7 +376,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
                     os.replace(journal + ".new", journal)
                     written = time.time()
         if not any(tokens.values()):
-            raise ValueError(f"{name}: there is no text in what was given")
+            raise nothing
     except ValueError:                                                     # going on would end here again
         shutil.rmtree(part)
         raise
@@ -518,7 +521,7 @@ def main():
     if given["name"] in DATASETS:
         refuse(f"--name={given['name']} is the name of a data set: choose another")
     if not 0 < given.get("val_frac", 0.1) <= 1:
-        refuse(f"--val_frac={given['val_frac']} must be above 0 and at most 1")
+        refuse(f"--val_frac={given['val_frac']} must be between 0 and 1")
     if given.get("tokenizer", "gpt2") not in ("gpt2", "char"):
         refuse(f"--tokenizer={given['tokenizer']} is not known: use gpt2 or char")
     own(os.path.join(DATA, given.pop("name")), what, **given)
