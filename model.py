@@ -717,7 +717,7 @@ def write_safetensors(path, shapes, tensors, metadata=None):
 
 
 class Progress:
-    """One line that renews itself in a terminal; a log file gets a new one every ten seconds. None for what is quick."""
+    """One line that renews itself in a terminal; a log file gets a new one every ten seconds. None if quick."""
 
     def __init__(self, name, unit="MB", scale=1e6):
         self.name, self.unit, self.scale, self.began, self.over = name, unit, scale, None, False

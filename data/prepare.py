@@ -362,7 +362,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
                 f.truncate(2 * tokens[split])
             for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
                 for split, ids in encoded.items():
-                    if not tokens[split] and len(end):                         # not before the first document
+                    if not tokens[split] and len(end):                     # not before the first document
                         ids = ids[np.cumsum(ids != end) > 0]
                     ids.astype("<u2").tofile(out[split])
                     tokens[split] += len(ids)
