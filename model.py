@@ -739,6 +739,28 @@ def write_safetensors(path, shapes, tensors, metadata=None):
 # Downloads
 
 
+class Progress:
+    """One line that renews itself in a terminal; a log file gets a new one every ten seconds. None if quick."""
+
+    def __init__(self, name, unit="MB", scale=1e6):
+        self.name, self.unit, self.scale, self.began, self.over = name, unit, scale, None, False
+        self.digits = int(scale > 1)
+
+    def show(self, seen, size=None):
+        """The first call says where it begins."""
+        now, tty = time.time(), sys.stderr.isatty()
+        if self.began is None:
+            self.began, self.shown, self.first = now, now, seen
+        last = seen == size and self.shown > self.began
+        if not self.over and (last or now - self.shown > (0.2 if tty else 10)):
+            self.shown, self.over, rate = now, seen == size, max(seen - self.first, 1) / max(now - self.began, 1e-9)
+            numbers = [f"{n / self.scale:,.{self.digits}f}" for n in (seen, size) if n is not None]
+            line = f"{self.name[:30]}  {' of '.join(numbers)} {self.unit}  {rate / self.scale:,.1f} {self.unit}/s"
+            line += f"  {seen / size:4.0%}  {(size - seen) / rate:,.0f} s left" if size and not self.over else ""
+            end = "\r" if tty and not self.over else "\n"
+            print(line.ljust(79) if tty else line, end=end, file=sys.stderr, flush=True)
+
+
 def hub_file(repo, name):
     """The path of a file of a model on the Hugging Face hub, downloaded at most once. HF_ENDPOINT names a mirror,
     HF_TOKEN opens private files, HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids the network. Files that transformers
@@ -754,18 +776,24 @@ def hub_file(repo, name):
         for path in (os.path.join(folder, "snapshots", revision, name) for revision in (commit or "main", "main")):
             if os.path.exists(path):
                 return path
+    return hub_download(repo, name, path)
+
+
+def hub_download(repo, name, path, show=None):
+    """Fetches a file of the hub to `path`. The repo of a data set begins with "datasets/"."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"HF_HUB_OFFLINE is set and {path} is not there: copy {name} of {repo} to that place")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"))
+    return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"), show=show)
 
 
-def download(url, path, sha256=None, token=None, tries=3):
+def download(url, path, sha256=None, token=None, tries=3, show=None):
     """Fetches url to `path` and returns `path`. The bytes go to path.part, which a later try or call continues with a
     Range request; they are checked against `sha256`, or the hash that the hub announces, and moved into place whole.
-    ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong."""
+    ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong. `show`: in place of the
+    progress line, called with the bytes so far and the size or None."""
     import requests
-    part, failures = path + ".part", 0
+    part, failures, show = path + ".part", 0, show or Progress(os.path.basename(path)).show
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"
     if token:                                                              # requests takes it off for another host
@@ -776,7 +804,7 @@ def download(url, path, sha256=None, token=None, tries=3):
         try:
             size, announced = announcement(session, url)
             if had != size:
-                size = fetch(session, url, part, size)
+                size = fetch(session, url, part, size, show)
             if size is None or bytes_in(part) >= size:
                 break
             problem = f"it ended after {bytes_in(part):,} of {size:,} bytes"
@@ -819,30 +847,25 @@ def announcement(session, url):
     raise ConnectionError(f"{url}: too many redirects")
 
 
-def fetch(session, url, part, size):
-    """Appends to `part` what is missing of url, with a progress line. Returns the size, if only now it is known."""
+def fetch(session, url, part, size, show):
+    """Appends to `part` what is missing of url. Returns the size, if only now it is known."""
     have = bytes_in(part)
     with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True, timeout=(10, 30)) as reply:
         if reply.status_code == 416 and have:                              # our part is no beginning of this file
             os.remove(part)
-            return fetch(session, url, part, size)
+            return fetch(session, url, part, size, show)
         check_status(reply, url)
         length, served = reply.headers.get("Content-Length", ""), reply.headers.get("Content-Range", "")
         if reply.status_code != 206 or not served.startswith(f"bytes {have}-"):
             have = 0                                                       # the server starts over, and so do we
         if size is None and re.fullmatch(r"[0-9]{1,15}", length):
             size = have + int(length)
-        at_start, began, shown, tty = have, time.time(), 0.0, sys.stderr.isatty()
+        show(have, size)
         with open(part, "ab" if have else "wb") as f:
             for chunk in reply.iter_content(1 << 16):                      # what a cut connection can lose
                 f.write(chunk)
-                have, now = have + len(chunk), time.time()
-                if now - shown > (0.2 if tty else 10) or have == size:
-                    shown, rate = now, max(have - at_start, 1) / max(now - began, 1e-9)
-                    of = f" of {size / 1e6:,.1f}" if size else ""
-                    left = f"  {have / size:4.0%}  {(size - have) / rate:,.0f} s left" if size else ""
-                    print(f"{os.path.basename(part)[:-5]}  {have / 1e6:,.1f}{of} MB{left}  {rate / 1e6:.1f} MB/s   ",
-                          end="\r" if tty and have != size else "\n", file=sys.stderr, flush=True)
+                have += len(chunk)
+                show(have, size)
             f.flush()
             os.fsync(f.fileno())
     return size

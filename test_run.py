@@ -144,7 +144,7 @@ TEXT = "\n".join(" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(2
 def data(tmp_path_factory):
     """A data set of 52 training and 5 validation windows: numbers that do not divide evenly."""
     folder = str(tmp_path_factory.mktemp("data") / "set")
-    prepare.write_tokens(folder, lambda: [("a", "train", [TEXT[:1700]]), ("b", "val", [TEXT[1700:1870]])], "char", 1870)
+    prepare.write_tokens(folder, [__file__], lambda path, f: [("a", "train", [TEXT[:1700]]), ("b", "val", [TEXT[1700:1870]])], "char")
     return folder
 
 
@@ -234,7 +234,8 @@ def test_pieces_give_the_tokens_of_the_whole(text, size):
     encode = prepare.Tokenizer("gpt2").encode
     with open(os.path.join(LOGS, "text"), "w", encoding="utf-8", newline="") as f:
         f.write(text)
-    pieces = list(prepare.read_pieces(f.name, size))
+    with open(f.name, encoding="utf-8", newline="") as f:
+        pieces = list(prepare.read_pieces(f, size))
     assert "".join(pieces) == text
     assert [i for piece in pieces for i in encode(piece)] == encode(text).tolist()
 
@@ -243,7 +244,8 @@ def test_pieces_give_the_tokens_of_the_whole(text, size):
 def test_pieces_stay_small(tmp_path, ending):
     """Text with Windows' line ends, or without any, read into memory as a whole."""
     (tmp_path / "text").write_bytes(f"word{ending}".encode() * 3000)
-    assert max(map(len, prepare.read_pieces(str(tmp_path / "text"), 1000))) < 2100
+    with open(tmp_path / "text", newline="") as f:
+        assert max(map(len, prepare.read_pieces(f, 1000))) < 2100
 
 
 def test_character_table():
@@ -486,7 +488,7 @@ def test_signals(data, straight, tmp_path, number, code):
 
 def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
     """All ranks with the same dropout mask, which halves its worth; or a run that cannot be repeated."""
-    prepare.write_tokens(str(tmp_path / "set"), lambda: [("a", s, ["abcdefgh" * 50]) for s in ("train", "val")], "char", 800)  # one window
+    prepare.write_tokens(str(tmp_path / "set"), [__file__], lambda path, f: [("a", s, ["abcdefgh" * 50]) for s in ("train", "val")], "char")  # one window
 
     def first_loss(name, ranks, dropout=0.5, seed=1):
         run("train", *flags(dataset=tmp_path / "set", out_dir=tmp_path / name, dropout=dropout, seed=seed, max_iters=1, batch_size=1),
@@ -602,7 +604,7 @@ def named_data(folder):
         with open(os.path.join(folder, "calls"), "a") as f:
             f.write("prepared\n")
         time.sleep(0.5)
-        prepare.write_tokens(where, lambda: [("a", s, [TEXT[:800]]) for s in ("train", "val")], "char", 1600)
+        prepare.write_tokens(where, [__file__], lambda path, f: [("a", s, [TEXT[:800]]) for s in ("train", "val")], "char")
     prepare.DATA = train.DATA = folder
     train.DATASETS["stdlib"] = stdlib
 
