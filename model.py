@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from urllib.parse import urljoin
 
 import torch
@@ -35,23 +35,28 @@ from torch.utils.checkpoint import checkpoint
 # Configuration
 
 
+def flag(default, text, **more):
+    """A field of a configuration, with what --help says of it."""
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass
 class GPT2Config:
     """The shape of the model. The defaults are GPT-2 124M. ValueError where the fields contradict each other."""
-    block_size: int = 1024        # the longest text the model is trained on, tokens
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0          # after the embeddings, on attention weights and on both residual branches
-    bias: bool = True             # in every Linear and LayerNorm
-    rope: bool = False            # rotary positions (Su et al. 2021, arXiv 2104.09864) in place of the learned ones
-    rope_theta: float = 10000.0   # base of the rotation's wavelengths
-    gqa: bool = False             # grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)
-    n_kv_head: int | None = None  # key/value heads; with gqa alone: the largest divisor of n_head up to a third of it
-    sliding_window: bool = False  # a token sees only the last window_size tokens, itself included (Mistral, 2310.06825)
-    window_size: int | None = None  # with sliding_window alone: a quarter of block_size
-    flash: bool = True            # torch's fused attention kernel; False runs the formula as written out below
+    block_size: int = flag(1024, "the longest text the model is trained on, tokens")
+    vocab_size: int = flag(50257, "tokens the model knows [those of the data]")
+    n_layer: int = flag(12, "transformer blocks")
+    n_head: int = flag(12, "attention heads")
+    n_embd: int = flag(768, "width of the model")
+    dropout: float = flag(0.0, "after the embeddings, on attention weights and on both residual branches")
+    bias: bool = flag(True, "in every Linear and LayerNorm")
+    rope: bool = flag(False, "rotary positions (Su et al. 2021, arXiv 2104.09864) in place of the learned ones")
+    rope_theta: float = flag(10000.0, "base of the rotation's wavelengths")
+    gqa: bool = flag(False, "grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)")
+    n_kv_head: int | None = flag(None, "key/value heads [with gqa: the largest divisor of n_head up to a third of it]")
+    sliding_window: bool = flag(False, "a token sees only the last window_size, itself included (Mistral, arXiv 2310.06825)")
+    window_size: int | None = flag(None, "tokens [with sliding_window: a quarter of block_size]")
+    flash: bool = flag(True, "torch's fused attention kernel; False runs the formula as written out")
 
     def __post_init__(self):
         def need(ok, message):
@@ -309,9 +314,32 @@ class MultiHeadAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).flatten(2)))  # (B, T, C)
 
 
+class TanhGELU(torch.autograd.Function):
+    """x/2 · (1 + tanh u) with u = √(2/π) (x + 0.044715 x³), as x · σ(2u): on a CPU 2.6 times as fast as torch's kernel,
+    whose tanh takes a fifth of a small model's training time."""
+    a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715   # 2u = x (a + b x²)
+
+    @staticmethod
+    def forward(ctx, x):
+        s = torch.addcmul(x.new_tensor(TanhGELU.a), x, x, value=TanhGELU.b).mul_(x).sigmoid_()
+        ctx.save_for_backward(x, s)
+        return x * s
+
+    @staticmethod
+    def backward(ctx, grad):                                               # σ + x σ' = σ (1 + (1 - σ) x d2u/dx)
+        x, s = ctx.saved_tensors
+        d = torch.addcmul(x.new_tensor(TanhGELU.a), x, x, value=3 * TanhGELU.b).mul_(x)
+        return d.addcmul_(d, s, value=-1).add_(1).mul_(s).mul_(grad)
+
+
+def gelu(x):
+    """GPT-2's GELU, the tanh approximation (Hendrycks & Gimpel 2016, arXiv 1606.08415, section 2). The exact one puts
+    OpenAI's logits off by 3e-3."""
+    return TanhGELU.apply(x) if x.device.type == "cpu" else F.gelu(x, approximate="tanh")
+
+
 class PointwiseFeedForward(nn.Module):
-    """The same two-layer network at every position. GPT-2's GELU is the tanh approximation (Hendrycks & Gimpel 2016,
-    arXiv 1606.08415, section 2); the exact one puts OpenAI's logits off by 3e-3."""
+    """The same two-layer network at every position."""
 
     def __init__(self, config):
         super().__init__()
@@ -320,7 +348,7 @@ class PointwiseFeedForward(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(gelu(self.c_fc(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -716,6 +744,28 @@ def write_safetensors(path, shapes, tensors, metadata=None):
 # Downloads
 
 
+class Progress:
+    """One line that renews itself in a terminal; a log file gets a new one every ten seconds. None if quick."""
+
+    def __init__(self, name, unit="MB", scale=1e6):
+        self.name, self.unit, self.scale, self.began, self.over = name, unit, scale, None, False
+        self.digits = int(scale > 1)
+
+    def show(self, seen, size=None):
+        """The first call says where it begins."""
+        now, tty = time.time(), sys.stderr.isatty()
+        if self.began is None:
+            self.began, self.shown, self.first = now, now, seen
+        last = seen == size and self.shown > self.began
+        if not self.over and (last or now - self.shown > (0.2 if tty else 10)):
+            self.shown, self.over, rate = now, seen == size, max(seen - self.first, 1) / max(now - self.began, 1e-9)
+            numbers = [f"{n / self.scale:,.{self.digits}f}" for n in (seen, size) if n is not None]
+            line = f"{self.name[:30]}  {' of '.join(numbers)} {self.unit}  {rate / self.scale:,.1f} {self.unit}/s"
+            line += f"  {seen / size:4.0%}  {(size - seen) / rate:,.0f} s left" if size and not self.over else ""
+            end = "\r" if tty and not self.over else "\n"
+            print(line.ljust(79) if tty else line, end=end, file=sys.stderr, flush=True)
+
+
 def hub_file(repo, name):
     """The path of a file of a model on the Hugging Face hub, downloaded at most once. HF_ENDPOINT names a mirror,
     HF_TOKEN opens private files, HF_HOME moves the cache, HF_HUB_OFFLINE=1 forbids the network. Files that transformers
@@ -731,18 +781,24 @@ def hub_file(repo, name):
         for path in (os.path.join(folder, "snapshots", revision, name) for revision in (commit or "main", "main")):
             if os.path.exists(path):
                 return path
+    return hub_download(repo, name, path)
+
+
+def hub_download(repo, name, path, show=None):
+    """Fetches a file of the hub to `path`. The repo of a data set begins with "datasets/"."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"HF_HUB_OFFLINE is set and {path} is not there: copy {name} of {repo} to that place")
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"))
+    return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"), show=show)
 
 
-def download(url, path, sha256=None, token=None, tries=3):
+def download(url, path, sha256=None, token=None, tries=3, show=None):
     """Fetches url to `path` and returns `path`. The bytes go to path.part, which a later try or call continues with a
     Range request; they are checked against `sha256`, or the hash that the hub announces, and moved into place whole.
-    ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong."""
+    ConnectionError (an OSError) where the server cannot be reached or what it sends is wrong. `show`: in place of the
+    progress line, called with the bytes so far and the size or None."""
     import requests
-    part, failures = path + ".part", 0
+    part, failures, show = path + ".part", 0, show or Progress(os.path.basename(path)).show
     session = requests.Session()
     session.headers["Accept-Encoding"] = "identity"
     if token:                                                              # requests takes it off for another host
@@ -753,7 +809,7 @@ def download(url, path, sha256=None, token=None, tries=3):
         try:
             size, announced = announcement(session, url)
             if had != size:
-                size = fetch(session, url, part, size)
+                size = fetch(session, url, part, size, show)
             if size is None or bytes_in(part) >= size:
                 break
             problem = f"it ended after {bytes_in(part):,} of {size:,} bytes"
@@ -796,30 +852,25 @@ def announcement(session, url):
     raise ConnectionError(f"{url}: too many redirects")
 
 
-def fetch(session, url, part, size):
-    """Appends to `part` what is missing of url, with a progress line. Returns the size, if only now it is known."""
+def fetch(session, url, part, size, show):
+    """Appends to `part` what is missing of url. Returns the size, if only now it is known."""
     have = bytes_in(part)
     with session.get(url, headers={"Range": f"bytes={have}-"} if have else {}, stream=True, timeout=(10, 30)) as reply:
         if reply.status_code == 416 and have:                              # our part is no beginning of this file
             os.remove(part)
-            return fetch(session, url, part, size)
+            return fetch(session, url, part, size, show)
         check_status(reply, url)
         length, served = reply.headers.get("Content-Length", ""), reply.headers.get("Content-Range", "")
         if reply.status_code != 206 or not served.startswith(f"bytes {have}-"):
             have = 0                                                       # the server starts over, and so do we
         if size is None and re.fullmatch(r"[0-9]{1,15}", length):
             size = have + int(length)
-        at_start, began, shown, tty = have, time.time(), 0.0, sys.stderr.isatty()
+        show(have, size)
         with open(part, "ab" if have else "wb") as f:
             for chunk in reply.iter_content(1 << 16):                      # what a cut connection can lose
                 f.write(chunk)
-                have, now = have + len(chunk), time.time()
-                if now - shown > (0.2 if tty else 10) or have == size:
-                    shown, rate = now, max(have - at_start, 1) / max(now - began, 1e-9)
-                    of = f" of {size / 1e6:,.1f}" if size else ""
-                    left = f"  {have / size:4.0%}  {(size - have) / rate:,.0f} s left" if size else ""
-                    print(f"{os.path.basename(part)[:-5]}  {have / 1e6:,.1f}{of} MB{left}  {rate / 1e6:.1f} MB/s   ",
-                          end="\r" if tty and have != size else "\n", file=sys.stderr, flush=True)
+                have += len(chunk)
+                show(have, size)
             f.flush()
             os.fsync(f.fileno())
     return size

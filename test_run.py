@@ -147,11 +147,21 @@ WORDS = ["".join(random.Random(i).choices("abcdefghij", k=i % 6 + 1)) for i in r
 TEXT = "\n".join(" ".join(random.Random(i).choices(WORDS, k=8)) for i in range(200))
 
 
+def write_set(folder, *texts):
+    """A data set by characters, of a text to train on and another for validation."""
+    os.makedirs(folder)
+    t, counts = prepare.Tokenizer("char", "".join(sorted(set("".join(texts))))), {}
+    for split, text in zip(("train", "val"), texts, strict=True):
+        t.encode(text).tofile(os.path.join(folder, f"{split}.bin"))
+        counts[split] = len(text)
+    pathlib.Path(folder, "meta.json").write_text(json.dumps({**t.to_json(), "tokens": counts}))
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """A data set of 52 training and 5 validation windows: numbers that do not divide evenly."""
+    """A data set of 53 training and 5 validation windows: numbers that do not divide evenly."""
     folder = str(tmp_path_factory.mktemp("data") / "set")
-    prepare.write_tokens(folder, lambda: [("a", "train", [TEXT[:1700]]), ("b", "val", [TEXT[1700:1870]])], "char", 1870)
+    write_set(folder, TEXT[:1700], TEXT[1700:1870])
     return folder
 
 
@@ -247,7 +257,8 @@ def test_pieces_give_the_tokens_of_the_whole(text, size):
     encode = prepare.Tokenizer("gpt2").encode
     with open(os.path.join(LOGS, "text"), "w", encoding="utf-8", newline="") as f:
         f.write(text)
-    pieces = list(prepare.read_pieces(f.name, size))
+    with open(f.name, encoding="utf-8", newline="") as f:
+        pieces = list(prepare.read_pieces(f, size))
     assert "".join(pieces) == text
     assert [i for piece in pieces for i in encode(piece)] == encode(text).tolist()
 
@@ -256,7 +267,8 @@ def test_pieces_give_the_tokens_of_the_whole(text, size):
 def test_pieces_stay_small(tmp_path, ending):
     """Text with Windows' line ends, or without any, read into memory as a whole."""
     (tmp_path / "text").write_bytes(f"word{ending}".encode() * 3000)
-    assert max(map(len, prepare.read_pieces(str(tmp_path / "text"), 1000))) < 2100
+    with open(tmp_path / "text", newline="") as f:
+        assert max(map(len, prepare.read_pieces(f, 1000))) < 2100
 
 
 def test_character_table():
@@ -503,8 +515,7 @@ def test_signals(data, straight, tmp_path, number, code):
 
 def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
     """All ranks with the same dropout mask, which halves its worth; or a run that cannot be repeated."""
-    same = "abcdefgh" * 50                                                 # all windows are equal
-    prepare.write_tokens(str(tmp_path / "set"), lambda: [("a", s, [same]) for s in ("train", "val")], "char", 800)
+    write_set(tmp_path / "set", *["abcdefgh" * 50] * 2)                    # all windows are equal
 
     def first_loss(name, ranks, dropout=0.5, seed=1):
         how = dict(max_iters=1, batch_size=1, gradient_accumulation_steps=ranks or 1, dropout=dropout, seed=seed)
@@ -575,6 +586,26 @@ def test_checkpoints_cross_modes(data, alone, tmp_path, first, then):
     agree(tmp_path / "out", alone / "plain")
 
 
+def weigh(folder):
+    """Writes down, after a step, the bytes of this process's weights, gradients and optimizer state."""
+    def hook(optimizer, *_):
+        held = [t for g in optimizer.param_groups for p in g["params"] for t in (p, p.grad, *optimizer.state[p].values())]
+        local = (t.to_local() if hasattr(t, "to_local") else t for t in held)
+        pathlib.Path(folder, os.environ["RANK"]).write_text(str(sum(t.numel() * t.element_size() for t in local)))
+    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fsdp_holds_its_share(data, tmp_path, ranks):
+    """Sharding that leaves whole weights, gradients or moments in every process."""
+    shape = dict(n_embd=64, block_size=32, n_layer=2, n_head=2)
+    argv = [*flags(dataset=data, out_dir=tmp_path / "out", max_iters=1, **shape), "--fsdp"]
+    run("train", *argv, ranks=ranks, before=partial(weigh, tmp_path))
+    whole = 16 * GPT2.from_pretrained(tmp_path / "out").num_parameters()
+    shares = [int(pathlib.Path(tmp_path, str(rank)).read_text()) / whole for rank in range(ranks)]
+    assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
+
+
 def test_accumulation_that_does_not_divide(data, tmp_path):
     """A global batch silently made smaller, or an error without a number that works."""
     err = run("train", *flags(dataset=data, out_dir=tmp_path / "out"), ranks=3, code=2).err
@@ -602,7 +633,7 @@ def named_data(folder):
         with open(os.path.join(folder, "calls"), "a") as f:
             f.write("prepared\n")
         time.sleep(0.5)
-        prepare.write_tokens(where, lambda: [("a", s, [TEXT[:800]]) for s in ("train", "val")], "char", 1600)
+        write_set(where, TEXT[:800], TEXT[800:900])
     prepare.DATA = train.DATA = folder
     train.DATASETS["stdlib"] = stdlib
 

@@ -11,6 +11,7 @@ Trains a GPT-2. One device, DDP or FSDP: the script sees by itself which.
 What is computed at a step is a function of the flags, the seed and the step alone. Neither the number of processes, nor
 the mode, nor a stop in between changes it (beyond the order in which floating point numbers are added).
 """
+import codecs
 import glob
 import json
 import math
@@ -22,7 +23,7 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 
 import numpy as np
@@ -31,22 +32,19 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, refuse
-from model import GPT2, SIZES, GPT2Config, convert, read_pretrained, read_safetensors, write_safetensors
+from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, open_tokens, refuse
+from model import GPT2, SIZES, GPT2Config, Progress, convert, flag, read_pretrained, read_safetensors, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags. GPT2Config's are added to them.
 
 
-def flag(default, text, runtime=False):
-    """runtime: belongs to the machine and the moment, so a resumed run does not take it over from the checkpoint."""
-    return field(default=default, metadata=dict(help=text, runtime=runtime))
-
-
 @dataclass
 class Run:
-    init_from: str = flag("scratch", f"scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), {', '.join(SIZES)}, or a folder with a checkpoint", True)
-    out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", True)
+    """runtime: belongs to the machine and the moment, so a resumed run does not take it over from the checkpoint."""
+    init_from: str = flag("scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
+                          f"{', '.join(SIZES)}, or a folder with a checkpoint", runtime=True)
+    out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or a folder with token files")
     seed: int = flag(1337, "of initial weights, data order and dropout")
     batch_size: int = flag(8, "texts of block_size tokens that one process computes at a time")
@@ -61,21 +59,22 @@ class Run:
     beta1: float = flag(0.9, "AdamW's")
     beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = unlimited")
-    grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", True)
+    grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
     eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = flag(10, "batches of training and of validation data in an evaluation, all processes together")
-    eval_only: bool = flag(False, "evaluate once and stop", True)
-    benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", True)
+    eval_only: bool = flag(False, "measure the validation data, all of it or --eval_iters batches, and stop", runtime=True)
+    eval_stride: int = flag(None, "with --eval_only: tokens that a window scores, given all before [block_size]", runtime=True)
+    benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", runtime=True)
     always_save_checkpoint: bool = flag(True, "False: save only when the validation loss is the best so far")
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl")
-    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", True)
-    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", True)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", True)
-    dtype: str = flag("auto", "auto, float32, bfloat16, float16", True)
-    compile: str = flag("auto", "torch.compile: auto, True, False", True)
-    tensorboard: bool = flag(False, "log to out_dir/tensorboard too", True)
-    wandb: bool = flag(False, "log to Weights & Biases too", True)
-    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", True)
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", runtime=True)
+    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", runtime=True)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", runtime=True)
+    dtype: str = flag("auto", "auto, float32, bfloat16, float16", runtime=True)
+    compile: str = flag("auto", "torch.compile: auto, True, False", runtime=True)
+    tensorboard: bool = flag(False, "log to out_dir/tensorboard too", runtime=True)
+    wandb: bool = flag(False, "log to Weights & Biases too", runtime=True)
+    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", runtime=True)
 
 
 # Without --init_from the model is small enough to learn something on a CPU in minutes. From trained weights the steps
@@ -91,7 +90,7 @@ def options():
     def kind(f):
         return next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).replace("<class '", ""))
     shown = {f.name: f.default for f in (*RUN.values(), *SHAPE.values())} | SMALL | dict(vocab_size=None, plot="")
-    return {name: (kind(f), shown[name], f.metadata.get("help", "")) for name, f in {**RUN, **SHAPE}.items()}
+    return {name: (kind(f), shown[name], f.metadata["help"]) for name, f in {**RUN, **SHAPE}.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -166,7 +165,8 @@ class Team:
         if fsdp:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
             mesh = dist.init_device_mesh(device.type, (self.size,))
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+            half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+            policy = MixedPrecisionPolicy(**half)
             for block in model.transformer.h:
                 if compiled:
                     block.compile()                                        # in place: parameter names stay as they are
@@ -218,10 +218,11 @@ class Tokens(Dataset):
 
     def __init__(self, paths, block_size, vocab_size, expected=None):
         self.T, self.V, self.paths = block_size, vocab_size, paths
-        self.files = [self.open(path) for path in paths]
+        self.files = [open_tokens(path) for path in paths]
         self.tokens = sum(map(len, self.files))
         if expected is not None and self.tokens != expected:
-            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, prepare it anew")
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, "
+                             "prepare it anew")
         self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
         if not len(self):
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one window of block_size={block_size} and one "
@@ -229,25 +230,30 @@ class Tokens(Dataset):
         for i in {0, len(self) - 1}:
             self[i]
 
-    @staticmethod
-    def open(path):
-        size = os.path.getsize(path)
-        header = np.fromfile(path, dtype="<i4", count=256)
-        if len(header) > 2 and header[0] == 20240520:                      # llm.c: 256 int32, then uint16
-            if header[1] != 1 or size != 1024 + 2 * int(header[2]):
-                raise ValueError(f"{path}: a shard of version {header[1]} with {header[2]:,} tokens would be version 1 with "
-                                 f"{1024 + 2 * int(header[2]):,} bytes, not {size:,}: it is cut short or damaged, fetch it anew")
-            return np.memmap(path, dtype="<u2", mode="r", offset=1024)
-        if size % 2 or not size:
-            raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew")
-        return np.memmap(path, dtype="<u2", mode="r")
-
     def fingerprint(self):
         """Tells two data sets apart without reading them whole."""
         return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 100)])) for f in self.files[:4]]
 
     def __len__(self):
         return int(self.ends[-1])
+
+    def read(self, file, start, end):
+        ids = self.files[file][start:end]
+        if ids.max() >= self.V:
+            raise ValueError(f"{self.paths[file]} holds token {ids.max()}, beyond the vocabulary of {self.V}: "
+                             "it was made with another tokenizer")
+        return ids
+
+    def spans(self, stride):
+        """Rows (file, begin, first, end): windows tokens[begin:end], `stride` apart, to predict the tokens from `first`
+        on, which the window before did not reach. Of each file, all tokens but the first, once."""
+        rows = []
+        for file, tokens in enumerate(self.files):
+            ends = np.minimum(np.arange(self.T + 1, max(self.T + 2, len(tokens) + stride), stride), len(tokens))
+            begins, firsts = np.maximum(ends - self.T - 1, 0), np.append(1, ends[:-1])
+            rows.append(np.stack([np.full_like(ends, file), begins, firsts, ends]))
+        rows = np.concatenate(rows, axis=1).T
+        return rows[rows[:, 2] < rows[:, 3]]
 
     def __getitem__(self, i):
         x, y = self.__getitems__([i])
@@ -258,10 +264,7 @@ class Tokens(Dataset):
         for row, i in zip(windows, indices, strict=True):
             file = int(np.searchsorted(self.ends, i, side="right"))
             start = (i - (int(self.ends[file - 1]) if file else 0)) * self.T
-            row[:] = self.files[file][start:start + self.T + 1]
-            if row.max() >= self.V:
-                raise ValueError(f"{self.paths[file]} holds token {row.max()}, beyond the vocabulary of {self.V}: "
-                                 "it was made with another tokenizer")
+            row[:] = self.read(file, start, start + self.T + 1)
         windows = torch.from_numpy(windows)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
@@ -269,20 +272,26 @@ class Tokens(Dataset):
 class Order(DistributedSampler):
     """torch's DistributedSampler, begun at any point and without an end: the epochs' permutations follow each other as
     one line of windows, of which process r of R takes every R-th. So a step reads the same windows whatever R is, each
-    window comes once an epoch, and the place in the line is one number: windows consumed, by all processes together."""
+    window comes once an epoch, and the place in the line is one number: windows consumed, by all processes together.
+    Of several files the order is shuffled, and the windows within each: reads stay local, and memory small."""
 
     def __init__(self, dataset, team, seed, consumed):
         super().__init__(dataset, team.size, team.rank, shuffle=True, seed=seed)
-        self.consumed = consumed
+        self.consumed, self.bounds = consumed, [0, *map(int, getattr(dataset, "ends", [len(dataset)]))]
 
     def __iter__(self):
-        consumed, n = self.consumed, len(self.dataset)
+        consumed, n, files = self.consumed, len(self.dataset), len(self.bounds) - 1
         while True:
             self.set_epoch(consumed // n)
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + self.epoch))
-            for i in order[consumed % n + (self.rank - consumed) % self.num_replicas::self.num_replicas]:
-                yield int(i)
-            consumed = (self.epoch + 1) * n
+            generator, start = torch.Generator().manual_seed(self.seed + self.epoch), self.epoch * n
+            for file in torch.randperm(files, generator=generator).tolist() if files > 1 else [0]:
+                low, high = self.bounds[file:file + 2]
+                order = low + torch.randperm(high - low, generator=generator)
+                first = max(consumed - start, 0)
+                for i in order[first + (self.rank - start - first) % self.num_replicas::self.num_replicas]:
+                    yield int(i)
+                start += high - low
+            consumed = start
 
 
 def find_data(name):
@@ -399,9 +408,9 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
 
 def load_state(out_dir):
     """training_state.pt, mapped; ValueError if it is damaged or of another step than the weights beside it."""
-    path, cure = os.path.join(out_dir, "training_state.pt"), ""
-    if os.path.exists(os.path.join(out_dir, "previous", "training_state.pt")):
-        cure = f"; the checkpoint before it is in {os.path.join(out_dir, 'previous')}: copy its files to {out_dir} to go on from there"
+    path, previous = os.path.join(out_dir, "training_state.pt"), os.path.join(out_dir, "previous")
+    cure = (f"; the checkpoint before it is in {previous}: copy its files to {out_dir} to go on from there"
+            if os.path.exists(os.path.join(previous, "training_state.pt")) else "")
     try:
         _, metadata = read_safetensors(os.path.join(out_dir, "model.safetensors"))
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -466,9 +475,10 @@ class Log:
     def line(self, text, stay=True):
         """In a terminal the line renews itself until one stays; a log file gets only those that stay."""
         if self.live:
-            if stay or len(text) <= shutil.get_terminal_size().columns:
-                print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
-                self.width = 0 if stay else len(text)
+            while len(text) >= shutil.get_terminal_size().columns and "  " in text:  # leave out the last fields
+                text = text.rpartition("  ")[0].rstrip()
+            print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
+            self.width = 0 if stay else len(text)
         elif stay:
             print(text, flush=True)
 
@@ -489,8 +499,8 @@ def read_metrics(out_dir):
 
 
 def clock(seconds):
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def memory(device):
@@ -544,12 +554,14 @@ def plot(out_dirs, path, over="step"):
            "{svg{background:#14161a} text{fill:#ddd} .grid{stroke:#333} .axis{stroke:#ddd}}</style>"]
     for y in ticks(low, high):
         px, py = at(0, y).split(",")
-        svg.append(f'<path class="grid" d="M{px},{py}h{W}"/><text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        svg.append(f'<path class="grid" d="M{px},{py}h{W}"/>'
+                   f'<text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, x1):
         px = at(x, low).split(",")[0]
         svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
-    svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/><text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
-               f'{over}</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+    svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/>'
+               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">{over}</text>'
+               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
         svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
@@ -558,8 +570,9 @@ def plot(out_dirs, path, over="step"):
         best = f", best {min(y for _, y in val):.4f}" if val else ""
         name = name.replace("&", "&amp;").replace("<", "&lt;")
         y = Y + 16 + 18 * i
-        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/><circle cx="{X + W - 238}" cy="{y - 4}" r="3" '
-                   f'fill="{color}"/><text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
+        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/>'
+                   f'<circle cx="{X + W - 238}" cy="{y - 4}" r="3" fill="{color}"/>'
+                   f'<text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write("\n".join(svg + ["</svg>\n"]))
     os.replace(path + ".part", path)
@@ -601,11 +614,12 @@ def choose_dtype(run, device):
     if run.dtype != "auto":
         name, why = run.dtype, "as asked"
     elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name, why = ("float32", "this GPU has no bfloat16, and FSDP no loss scaling") if run.fsdp else ("float16", "this GPU has no bfloat16")
+        name, why = ("float32" if run.fsdp else "float16"), "this GPU has no bfloat16" + ", and FSDP no loss scaling" * run.fsdp
     else:
         name, why = ("bfloat16", "the GPU has it") if device.type == "cuda" else ("float32", f"exact, on {device.type}")
     if name == "float16" and (run.fsdp or device.type != "cuda"):
-        refuse(f"--dtype=float16 needs loss scaling, which {'FSDP lacks' if run.fsdp else 'is for CUDA alone'}: use bfloat16 or float32")
+        refuse(f"--dtype=float16 needs loss scaling, which {'FSDP lacks' if run.fsdp else 'is for CUDA alone'}: "
+               "use bfloat16 or float32")
     return known[name], why
 
 
@@ -636,7 +650,8 @@ def learning_rate(run, step):
 
 def check(run, given, team):
     """Refuses values out of range and flags without effect."""
-    for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "log_interval", "lr_decay_iters"):
+    for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "eval_iters", "eval_stride",
+                 "log_interval", "lr_decay_iters"):
         if getattr(run, name) is not None and getattr(run, name) < 1:
             refuse(f"--{name}={getattr(run, name)} must be 1 or more")
     for name in ("max_iters", "warmup_iters", "learning_rate", "min_lr", "weight_decay", "grad_clip", "seed"):
@@ -650,6 +665,8 @@ def check(run, given, team):
     if not run.decay_lr:
         for name in given.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"}:
             refuse(f"--{name} has no effect without --decay_lr")
+    if run.eval_stride and not run.eval_only:
+        refuse("--eval_stride has no effect without --eval_only")
     G, R = run.gradient_accumulation_steps, team.size
     if G % R:
         near = " or ".join(str(g) for g in sorted({G // R * R, -(-G // R) * R} - {0}))
@@ -725,21 +742,27 @@ def choose_model(run, given, team, tokenizer):
         team.say(f"changed   {note}; the model wants further training to make up for it")
     reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
     if reads.to_json() != tokenizer.to_json():
-        raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is made of "
-                     f"{tokenizer.name} tokens with {tokenizer.vocab_size}: choose or prepare a data set with its tokenizer")
+        raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is "
+                     f"made of {tokenizer.name} tokens with {tokenizer.vocab_size}: choose or prepare one with its tokenizer")
     return config, weights
+
+
+def shared(team, items, batch_size):
+    """This process's share of the items, in batches. Every process gets as many, the last of them perhaps empty: under
+    FSDP all take part in every forward pass."""
+    mine = items[team.rank::team.size]
+    return [mine[first:first + batch_size] for first in range(0, -(-len(items) // team.size), batch_size)]
 
 
 def evaluate(team, model, splits, run, device, context):
     """Mean loss over eval_iters batches of each split: fixed windows, evenly spaced, shared among the processes. Draws
-    nothing at random. Every process takes part in every forward pass, on a spare window if need be, as FSDP demands."""
+    nothing at random."""
     model.eval()
     losses = {}
     for split, data in splits.items():
         windows = np.linspace(0, len(data) - 1, min(len(data), run.eval_iters * run.batch_size)).astype(int)
-        mine, total, count = windows[team.rank::team.size], 0.0, 0
-        for first in range(0, -(-len(windows) // team.size), run.batch_size):
-            batch = mine[first:first + run.batch_size]
+        total, count = 0.0, 0
+        for batch in shared(team, windows, run.batch_size):
             x, y = data.__getitems__(batch if len(batch) else windows[:1])
             with torch.no_grad(), context:
                 _, loss = model(x.to(device), y.to(device))
@@ -750,6 +773,55 @@ def evaluate(team, model, splits, run, device, context):
     if run.fsdp:
         model.reshard()                                                    # a forward pass alone leaves the root gathered
     return losses
+
+
+def measure(team, model, data, tokenizer, spans, batch_size, device, context):
+    """--eval_only. From the sum of -ln p over the tokens that the spans score, each given those before it there:
+
+        loss = sum / tokens                     perplexity per token = exp(sum / tokens)
+        bits per byte = sum / ln 2 / bytes      perplexity per word = exp(sum / words)
+
+    Bytes and words (separated by white space) are those of the scored tokens' text. The token between documents is
+    scored too, but is no text."""
+    model.eval()
+    nats, done, progress = 0.0, 0, Progress("evaluation", "windows", 1)
+    progress.show(0, len(spans))
+    for batch in shared(team, spans, batch_size):
+        rows = batch if len(batch) else spans[:1]
+        x, y = torch.zeros(len(rows), data.T, dtype=torch.int64), torch.full((len(rows), data.T), -1)
+        for i, (file, begin, first, end) in enumerate(rows):               # a causal model does not see the padding
+            ids = torch.from_numpy(data.read(file, begin, end).astype(np.int64))
+            x[i, :len(ids) - 1], y[i, first - begin - 1:len(ids) - 1] = ids[:-1], ids[first - begin:]
+        with torch.no_grad(), context:
+            _, loss = model(x.to(device), y.to(device))
+        nats, done = nats + float(loss) * int((batch[:, 3] - batch[:, 2]).sum()), done + len(batch) * team.size
+        if team.chief:
+            progress.show(min(done, len(spans)), len(spans))
+    nats, = team.total([nats], device)
+    if team.chief:
+        tokens, (size, words) = int((spans[:, 3] - spans[:, 2]).sum()), text_size(data, tokenizer, spans)
+        per_token, per_word = (math.exp(min(nats / max(n, 1), 700)) for n in (tokens, words))
+        print(f"validation loss {nats / tokens:.4f} nats per token, of {tokens:,} tokens\n"
+              f"perplexity {per_token:.2f} per token, {per_word:.2f} per word, of {words:,} words\n"
+              f"bits per byte {nats / math.log(2) / max(size, 1):.4f}, of {size:,} bytes")
+
+
+def text_size(data, tokenizer, spans):
+    """-> (bytes, words) of the text of the scored tokens, decoded a window at a time."""
+    size = words = 0
+    inside, reached, decoder = False, None, codecs.getincrementaldecoder("utf-8")("replace")
+    for file, _, first, end in spans.tolist():
+        if reached != (file, first):                                       # not where the last window ended
+            inside = decoder.reset()
+        reached, ids = (file, end), data.files[file][first:end]
+        for i, part in enumerate(np.split(ids, np.flatnonzero(ids == tokenizer.end_of_text))):
+            if i:                                                          # it begins with the token between documents
+                inside, part = decoder.reset(), part[1:]
+            text = tokenizer.decode_bytes(part.tolist())
+            size, text = size + len(text), decoder.decode(text)
+            words += len(text.split()) - bool(inside and text and not text[0].isspace())
+            inside = not text[-1].isspace() if text else inside
+    return size, words
 
 
 def benchmark(team, device, dtype, gradients, update, tokens, flops, steps=10):
@@ -779,9 +851,10 @@ def benchmark(team, device, dtype, gradients, update, tokens, flops, steps=10):
         rows.append(parts)
     medians = {part: float(np.median([row[part] for row in rows[2:]])) for part in rows[0]}
     seconds = float(np.median([sum(row.values()) for row in rows[2:]]))
+    done = tokens / seconds * flops / team.size
     team.say(f"\n{tokens / seconds:,.0f} tokens per second, {seconds * 1e3:,.1f} ms a step, median of {steps}"
-             + (f"; {tokens / seconds * flops / team.size / 1e9:,.1f} GFLOP/s a process, {tokens / seconds * flops / team.size / peak:.1%} "
-                f"of {of}, {peak / 1e9:,.0f}" if peak else "") + f"; peak memory {memory(device) / 1e9:.2f} GB")
+             + (f"; {done / 1e9:,.1f} GFLOP/s a process, {done / peak:.1%} of {of}, {peak / 1e9:,.0f}" if peak else "")
+             + f"; peak memory {memory(device) / 1e9:.2f} GB")
     for part, value in medians.items():
         team.say(f"  {part:10}{value * 1e3:10.2f} ms{value / seconds:8.1%}")
 
@@ -791,6 +864,29 @@ def train(team, given):
     team.join(device, given.get("backend"))
     run, state = choose_run(given, team)
     check(run, given, team)
+    try:
+        return fit(team, given, run, state, device, why_device)
+    except (RuntimeError, MemoryError) as e:
+        known = any(words in str(e) for words in ("out of memory", "allocate memory"))  # what MPS and CPU say
+        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not known:
+            raise
+        raise MemoryError(f"out of memory on {device}: {cure(run, given, team)}") from None
+
+
+def cure(run, given, team):
+    """What to lower when memory is short: the batch, by its smallest factor, so that the result stays what it was."""
+    training = not run.eval_only
+    if part := next((n for n in range(2, run.batch_size + 1) if run.batch_size % n == 0), None):
+        return (f"the same in smaller parts is --batch_size={run.batch_size // part}"
+                + f" --gradient_accumulation_steps={run.gradient_accumulation_steps * part}" * training
+                + f" --eval_iters={run.eval_iters * part}" * (training or "eval_iters" in given))
+    ways = ["--grad_checkpoint"] * (training and not run.grad_checkpoint)
+    ways += ["--fsdp"] * (team.distributed and not run.fsdp)
+    return "batch_size is 1 already: " + (f"the same with less memory is {' or '.join(ways)}" if ways else
+                                          "try --fsdp on more GPUs, a smaller model or a smaller --block_size")
+
+
+def fit(team, given, run, state, device, why_device):
     dtype, why_dtype = choose_dtype(run, device)
     compiled, why_compile = choose_compile(run, device)
     mode = "fsdp" if run.fsdp else "ddp" if team.distributed else "single"
@@ -800,12 +896,15 @@ def train(team, given):
     def prepare():
         if not os.path.exists(os.path.join(DATA, run.dataset, "meta.json")):
             DATASETS[run.dataset](os.path.join(DATA, run.dataset))
-    if run.dataset in DATASETS:
+    if run.dataset in DATASETS and run.dataset != "fineweb":               # 20 GB come only when asked for
         team.one_first(prepare)
     folder, paths = team.agree(lambda: find_data(run.dataset))
     tokenizer, counts = team.agree(lambda: (Tokenizer.load(folder), token_counts(folder)))
     config, weights = choose_model(run, given, team, tokenizer)
-    splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split)) for split in paths})
+    if run.eval_only:
+        del paths["train"]                                                 # it may be empty
+    splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split))
+                                 for split in paths})
     team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
@@ -837,22 +936,32 @@ def train(team, given):
 
     team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
              f"dtype     {str(dtype).removeprefix('torch.')}: {why_dtype}\ncompile   {compiled}: {why_compile}\n"
-             f"data      {run.dataset}: {splits['train'].tokens:,} training and {splits['val'].tokens:,} validation tokens, "
-             f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})\n"
-             f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
-             f"{windows_per_step * T:,} tokens a step"
-             + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" if team.size > 1 else "")
-             + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps\n"
-             f"model     {model.num_parameters():,} parameters, {config.n_layer} layers, "
+             f"data      {run.dataset}: "
+             + (f"{splits['train'].tokens:,} training and " if "train" in splits else "")
+             + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} "
+             f"({tokenizer.name}, as {folder} says)\n"
+             + (f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
+                f"{windows_per_step * T:,} tokens a step"
+                + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1))
+                + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps\n" if "train" in splits else "")
+             + f"model     {model.num_parameters():,} parameters, {config.n_layer} layers, "
              + ", ".join([name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)] or ["plain GPT-2"]))
+
+    if run.eval_only:
+        stride = run.eval_stride or T
+        if stride > T:
+            refuse(f"--eval_stride={stride} is more than block_size={T}: tokens in between would be left out")
+        spans = splits["val"].spans(stride)
+        if "eval_iters" in given:                                          # side by side they are those of `evaluate`
+            spans = spans[spans[:, 3] - spans[:, 2] >= stride]
+            spans = spans[np.linspace(0, len(spans) - 1, min(len(spans), run.eval_iters * run.batch_size)).astype(int)]
+        team.say(f"windows   {len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
+                 f"{T - stride + 1} or more")
+        return measure(team, model, splits["val"], tokenizer, spans, run.batch_size, device, context)
 
     def losses_now():
         losses = evaluate(team, model, splits, run, device, context)
         return {"train_loss": losses["train"], "val_loss": losses["val"]}
-    if run.eval_only:
-        losses = losses_now()
-        return team.say(f"train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f} nats per token "
-                        f"(perplexity {math.exp(losses['val_loss']):.2f})")
     if step >= run.max_iters and not run.benchmark:
         return team.say(f"the run in {run.out_dir} is at step {step} of {run.max_iters}: raise --max_iters to go on")
 
@@ -896,8 +1005,8 @@ def train(team, given):
         return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
 
     where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
-    again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
-        + " --fsdp" * run.fsdp + " --init_from=resume" + where
+    again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
+        + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
         team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
@@ -905,7 +1014,7 @@ def train(team, given):
     def checkpoint():
         save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
-            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata["runtime"]}})
+            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
     def not_finite(what, unharmed):
@@ -940,7 +1049,8 @@ def train(team, given):
         loss, norm, interrupted, terminated = team.total(
             [loss * share, norm * share, signals.interrupted, signals.terminated], device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}", "the weights were not touched")
+            raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}",
+                             "the weights were not touched")
         update()
         step, consumed = step + 1, consumed + windows_per_step
         signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
@@ -950,12 +1060,12 @@ def train(team, given):
             speed = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9)
             mfu = speed * flops / (peak * team.size) if peak else None
             left = (run.max_iters - step) * (now - began) / (step - first_step)
-            log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.2e}  norm {norm:6.3f}  "
-                     f"{speed:9,.0f} tok/s" + (f"  mfu {mfu:5.1%}" if mfu else "")
-                     + (f"  {mem / 1e9:5.2f} GB" if (mem := memory(device)) else "") + f"  {clock(left)} left", stay=due)
+            log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.1e}  "
+                     f"norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left" + (f"  mfu {mfu:.1%}" if mfu else "")
+                     + (f"  {mem / 1e9:.2f} GB" if (mem := memory(device)) else ""), stay=due)
             if due:
-                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
-                           **({"mfu": mfu} if mfu else {}))
+                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm,
+                           tokens_per_second=round(speed, 1), memory=mem, **({"mfu": mfu} if mfu else {}))
                 last_logged, logged_step = time.time(), step
 
     if signals.stopped:

@@ -4,9 +4,11 @@ Text to tokens. Each data set is a short function below; add one and it has a na
     python data/prepare.py stdlib                 # the source of this Python's standard library, by characters
     python data/prepare.py shakespeare_char       # nanoGPT's text, by characters
     python data/prepare.py shakespeare            # the same in GPT-2's tokens
+    python data/prepare.py fineweb --shards=9     # FineWeb in GPT-2's tokens, ready made: 100 million in each shard
     python data/prepare.py PATH... --name=mine    # your own files and folders: text, .jsonl, and .gz of either
 
-Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the tokenizer).
+Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the
+tokenizer); FineWeb's shards stay as they come, in llm.c's format. A run that was stopped goes on where it was.
 """
 import argparse
 import codecs
@@ -23,12 +25,14 @@ import sys
 import sysconfig
 import time
 import zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 DATA = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(DATA))
-from model import download  # noqa: E402
+from model import Progress, download, hub_download  # noqa: E402
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tokenizer
@@ -59,7 +63,15 @@ class Tokenizer:
     def encode(self, text):
         """-> uint16 array. ValueError for a character that is not in the table. "<|endoftext|>" in a text is just text."""
         if self.name == "gpt2":
-            return np.array(gpt2_bpe().encode_ordinary(text), dtype=np.uint16)
+            try:                                                           # encode_ordinary, without a Python list
+                return gpt2_bpe().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+            except UnicodeEncodeError:                                     # half a surrogate pair, as JSON can hold it
+                return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+            except ValueError:                                             # more white space than tiktoken can go back
+                parts = re.split(r"(?<=\s)(?=[ \t\r\n]\S)", text)         # over, cut where it cuts anyway
+                if len(parts) == 1:
+                    raise
+                return np.concatenate([self.encode(part) for part in parts])
         ids = self.ids[codes(text)]
         if (bad := np.flatnonzero(ids == UNKNOWN)).size:
             raise ValueError(f"the character {text[bad[0]]!r} is not among the {len(self.characters)} that the model was "
@@ -134,8 +146,7 @@ def stdlib(folder, source=None):
         folders[:] = sorted(name for name in folders if name not in skip)
         paths += [os.path.join(where, name) for name in sorted(files) if name.endswith(".py")]
     plain = [path for path in paths if open(path, "rb").read().isascii()]  # keeps the table at some 100 characters
-    write_tokens(folder, lambda: ((os.path.relpath(p, root), None, read_pieces(p)) for p in plain), "char",
-                 sum(map(os.path.getsize, plain)))
+    write_tokens(folder, plain, lambda path, f: [(os.path.relpath(path, root), None, read_pieces(f))], "char")
 
 
 def shakespeare_char(folder, source=None, tokenizer="char"):
@@ -143,17 +154,36 @@ def shakespeare_char(folder, source=None, tokenizer="char"):
     if not os.path.exists(path):
         download("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", path,
                  sha256="86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
-    with open(path, encoding="utf-8", newline="") as f:
+
+    def read(path, f):
         text = f.read()
-    cut = int(len(text) * 0.9)                                             # nanoGPT's split
-    write_tokens(folder, lambda: [("train", "train", [text[:cut]]), ("val", "val", [text[cut:]])], tokenizer, len(text))
+        cut = int(len(text) * 0.9)                                         # nanoGPT's split
+        return [("train", "train", [text[:cut]]), ("val", "val", [text[cut:]])]
+    write_tokens(folder, [os.fspath(path)], read, tokenizer)
 
 
 def shakespeare(folder, source=None):
     shakespeare_char(folder, source, tokenizer="gpt2")
 
 
-DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare)}
+def fineweb(folder, shards=103):
+    """The 10 billion tokens of llm.c's GPT-2 124M: as many shards as asked for, and the one it is validated on."""
+    names = ["fineweb_val_000000.bin"] + [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)]
+    progress, bytes_done, tokens = Progress(""), 0, []
+
+    def show(have, size):                                                  # the files to come are taken to be as large
+        progress.show(bytes_done + have, size and bytes_done + size * (len(names) - len(tokens)))
+    for name in names:
+        path, progress.name = os.path.join(folder, name), f"fineweb, file {len(tokens) + 1} of {len(names)}"
+        if not os.path.exists(path):
+            hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, show)
+        tokens.append(len(open_tokens(path, shard=True)))
+        bytes_done += os.path.getsize(path)
+    print(f"{folder}: {sum(tokens[1:]):,} tokens to train on in {shards} shards, {tokens[0]:,} to validate, "
+          "vocabulary 50257 (gpt2)")
+
+
+DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, fineweb)}
 
 
 def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
@@ -161,7 +191,7 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
     files = []
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path!r} is neither a file, a folder nor a data set: the data sets are {', '.join(DATASETS)}")
+            raise FileNotFoundError(f"{path!r} is neither a file, a folder nor a data set ({', '.join(DATASETS)})")
         if os.path.isdir(path):
             for where, folders, names in os.walk(path):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -173,17 +203,19 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
     if binary:
         print(f"{len(binary)} files that are not text are left out, the first: {next(iter(binary))}")
 
-    def documents():
-        for path in files:
-            if path.removesuffix(".gz").endswith(".jsonl"):
-                yield from json_lines(path, field)
-            else:
-                yield path, None, read_pieces(path)
-    write_tokens(folder, documents, tokenizer, sum(map(os.path.getsize, files)), val_frac)
+    def read(path, f):
+        if path.removesuffix(".gz").endswith(".jsonl"):
+            return json_lines(path, f, field)
+        return [(path, None, read_pieces(f))]
+    write_tokens(folder, files, read, tokenizer, val_frac, field)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading and writing
+
+
+PORTION = 1 << 18                     # characters that a thread encodes at a time
+JOURNAL_EVERY = 2.0                   # seconds
 
 
 @contextlib.contextmanager
@@ -210,106 +242,192 @@ def is_binary(path):
 CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
-def read_pieces(path, size=1 << 20):
+def read_pieces(f, size=PORTION):
     """A file's text in pieces of about `size` characters. A piece ends before white space that follows something else:
     there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
     rest = ""
-    with open_text(path) as f:
-        while more := f.read(size):
-            rest += more
-            if cut := CUT.match(rest):
-                yield rest[:cut.end()]
-                rest = rest[cut.end():]
+    while more := f.read(size):
+        rest += more
+        if cut := CUT.match(rest):
+            yield rest[:cut.end()]
+            rest = rest[cut.end():]
     if rest:
         yield rest
 
 
-def json_lines(path, field):
+def json_lines(path, f, field):
+    for number, line in enumerate(f, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+            raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: "
+                             "name the field with --field")
+        yield f"{path}:{number}", None, [record[field]]
+
+
+def read_texts(path, read):
+    """A file's text: (document's name, split, number of the piece in the document, piece, bytes of the file read)."""
     with open_text(path) as f:
-        for number, line in enumerate(f, 1):
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if not isinstance(record, dict) or not isinstance(record.get(field), str):
-                raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: name the field with --field")
-            yield f"{path}:{number}", None, [record[field]]
+        source = getattr(f.buffer, "fileobj", f.buffer)                    # the .gz itself, if it is one
+        for name, split, pieces in read(path, f):
+            for k, text in enumerate(pieces):
+                yield name, split, k, text, source.tell()
 
 
-def write_tokens(folder, documents, tokenizer, size, val_frac=0.1):
-    """documents() -> (name, "train" | "val" | None, pieces of text)... None: a hash of the name decides, and where that
-    leaves nothing for validation, the tail of all tokens is taken. `size`: bytes in all, for the progress line.
-    All is written beside `folder` and moved into place whole."""
+def portions(files, read, val_frac, done):
+    """All text in portions of about PORTION characters: (place, bytes of source up to here, [(split, piece, whether it
+    begins a document)...]). A place is (files finished, portions of the next); what comes up to `done` is left out."""
+    before = sum(map(os.path.getsize, files[:done[0]]))
+    for i, path in enumerate(files[done[0]:], done[0]):
+        number, portion, size = 0, [], 0
+        for name, split, k, text, at in read_texts(path, read):
+            split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
+            portion.append((split, text, k == 0))
+            size += len(text)
+            if size >= PORTION:
+                number += 1
+                if (i, number) > done:
+                    yield (i, number), before + at, portion
+                portion, size = [], 0
+        before += os.path.getsize(path)
+        yield (i + 1, 0), before, portion
+
+
+def in_order(work, items):
+    """(item, work(item)) in the order of the items, by a thread per core. Memory is bounded: little is read ahead."""
+    cores, begun = os.cpu_count() or 1, deque()
+    with ThreadPoolExecutor(cores) as pool:
+        for item in items:
+            begun.append((item, pool.submit(work, item)))
+            if len(begun) > 2 * cores:
+                item, result = begun.popleft()
+                yield item, result.result()
+        for item, result in begun:
+            yield item, result.result()
+
+
+def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
+    """read(path, its text as a file) -> (a document's name, "train" | "val" | None, its text in pieces)... None: a hash
+    of the name decides, and where that leaves nothing for one of the two, the tail of all tokens is for validation.
+
+    All is written to NAME.part, which is moved into place whole. Its journal says how much of what is there counts, so
+    that a run that was stopped goes on, unless sources or settings have changed."""
     if os.path.exists(folder) and (others := set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}):
-        raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, or move it away")
-    part = folder.rstrip("/\\") + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
-    try:
-        progress = Progress(os.path.basename(folder), size)
-        if tokenizer == "char":
-            characters, count = set(), 0
-            for _, _, pieces in documents():
-                count += 1
-                for text in pieces:
-                    characters.update(text)
-            characters = "".join(sorted(characters))
-            several = any(split is None for _, split, _ in documents()) and count > 1
-            tokenizer = Tokenizer("char", characters, len(characters) if several else None) if characters else None
-        else:
-            tokenizer = Tokenizer(tokenizer)
-        tokens = {"train": 0, "val": 0}
-        paths = {split: os.path.join(part, f"{split}.bin") for split in tokens}
-        with open(paths["train"], "wb") as train, open(paths["val"], "wb") as val:
-            files = {"train": train, "val": val}
-            for name, split, pieces in documents():
-                split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
-                for i, text in enumerate(pieces):
-                    ids = tokenizer.encode(text)
-                    if i == 0 and tokens[split] and tokenizer.end_of_text is not None:
-                        ids = np.concatenate((np.array([tokenizer.end_of_text], np.uint16), ids))
-                    ids.astype("<u2").tofile(files[split])
-                    tokens[split] += len(ids)
-                    progress.add(len(text))
-        if not tokens["train"] + tokens["val"]:
-            raise ValueError(f"{os.path.basename(folder)}: there is no text in what was given")
-        if not (tokens["val"] and tokens["train"]) and val_frac > 0:
-            everything = np.memmap(paths["train" if tokens["train"] else "val"], dtype="<u2", mode="r")
-            cut = int(len(everything) * (1 - val_frac))
-            tokens = {"train": cut, "val": len(everything) - cut}
-            for split, ids in (("train", everything[:cut]), ("val", everything[cut:])):
-                ids.tofile(paths[split] + ".cut")
-            del everything
-            for path in paths.values():
-                os.replace(path + ".cut", path)
-        with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
-            json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(part, folder)
-    finally:
+        raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, "
+                         "or move it away")
+    name, part = os.path.basename(folder), folder.rstrip("/\\") + ".part"
+    nothing = ValueError(f"{name}: there is no text in what was given")
+    if not any(map(os.path.getsize, files)):
+        raise nothing
+    if tokenizer == "char":
+        seen, documents = np.zeros(0x110000, dtype=bool), 0
+        for path in files:
+            for _, split, k, text, _ in read_texts(path, read):
+                seen[codes(text)] = True
+                documents += split is None and k == 0
+        characters = "".join(map(chr, np.flatnonzero(seen)))
+        if not characters:
+            raise nothing
+        tokenizer = Tokenizer("char", characters, len(characters) if documents > 1 else None)
+    else:
+        tokenizer = Tokenizer(tokenizer)
+        tokenizer.encode("")                                               # its files may be missing
+    end = np.array([tokenizer.end_of_text] if tokenizer.end_of_text is not None else [], dtype=np.uint16)
+
+    sources = [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
+    origin = hashlib.sha256(repr((sources, tokenizer.to_json(), val_frac, field, PORTION)).encode()).hexdigest()
+    paths = {split: os.path.join(part, f"{split}.bin") for split in ("train", "val")}
+    journal = os.path.join(part, "journal.json")
+    done, tokens = read_journal(journal, origin, paths) or ((0, 0), {"train": 0, "val": 0})
+    if done == (0, 0):
         shutil.rmtree(part, ignore_errors=True)
-    progress.done()
+        os.makedirs(part)
+    else:
+        print(f"{name}: goes on after the {sum(tokens.values()):,} tokens in {part}")
+    size, written, progress = sum(size for _, size, _ in sources), time.time(), Progress(name)
+    progress.show(sum(size for _, size, _ in sources[:done[0]]), size)
+
+    def encode(item):
+        ids = {split: [] for split in paths}
+        for split, text, begins in item[2]:
+            ids[split] += [end[:begins], tokenizer.encode(text)]
+        return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
+
+    try:
+        with open(paths["train"], "ab") as train, open(paths["val"], "ab") as val:
+            out = {"train": train, "val": val}
+            for split, f in out.items():
+                f.truncate(2 * tokens[split])
+            for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
+                for split, ids in encoded.items():
+                    if not tokens[split] and len(end):                     # not before the first document
+                        ids = ids[np.cumsum(ids != end) > 0]
+                    ids.astype("<u2").tofile(out[split])
+                    tokens[split] += len(ids)
+                progress.show(at, size)
+                if time.time() - written >= JOURNAL_EVERY:
+                    for f in out.values():
+                        f.flush()
+                        os.fsync(f.fileno())
+                    with open(journal + ".new", "w", encoding="utf-8") as f:
+                        json.dump({"origin": origin, "done": place, "tokens": tokens}, f)
+                    os.replace(journal + ".new", journal)
+                    written = time.time()
+        if not any(tokens.values()):
+            raise nothing
+    except ValueError:                                                     # going on would end here again
+        shutil.rmtree(part)
+        raise
+    if not all(tokens.values()):
+        if not tokens["train"]:
+            os.replace(paths["val"], paths["train"])
+        total = sum(tokens.values())
+        cut = int(total * (1 - val_frac))
+        with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
+            train.seek(2 * cut)
+            shutil.copyfileobj(train, val)
+            train.truncate(2 * cut)
+        tokens = {"train": cut, "val": total - cut}
+    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
+        json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
+    if os.path.exists(journal):
+        os.remove(journal)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(part, folder)
     print(f"{folder}: {tokens['train']:,} tokens to train on, {tokens['val']:,} to validate, "
           f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
 
 
-class Progress:
-    """One line that renews itself in a terminal, and stays silent in a log file."""
+def read_journal(path, origin, files):
+    """-> (what is done, {split: tokens}), or None where there is nothing to go on with."""
+    try:
+        with open(path, encoding="utf-8") as f:
+            found = json.load(f)
+        if found["origin"] == origin and all(os.path.getsize(files[k]) >= 2 * n for k, n in found["tokens"].items()):
+            return tuple(found["done"]), found["tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
-    def __init__(self, name, size):
-        self.name, self.size, self.seen, self.began, self.shown = name, max(size, 1), 0, time.time(), 0.0
 
-    def add(self, amount):
-        self.seen += amount
-        now = time.time()
-        if sys.stderr.isatty() and now - self.shown > 0.2:
-            self.shown, rate = now, self.seen / max(now - self.began, 1e-9)
-            print(f"\r{self.name}  {self.seen / 1e6:,.1f} of {self.size / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s   ",
-                  end="", file=sys.stderr, flush=True)
-
-    def done(self):
-        if self.shown:
-            print("\r" + " " * 70, end="\r", file=sys.stderr)
+def open_tokens(path, shard=False):
+    """The tokens of a file, mapped: raw uint16, or one of llm.c's shards (256 int32: magic, version, number of tokens,
+    zeros; then uint16). ValueError for a file that is damaged, or has no such header where it must be a `shard`."""
+    size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
+    looks = len(header) == 256 and header[:3].all() and not header[3:].any()
+    if shard or looks or len(header) > 2 and header[0] == 20240520:
+        magic, version, tokens = (*map(int, header[:3]), 0, 0, 0)[:3]
+        if (magic, version) != (20240520, 1):
+            raise ValueError(f"{path} has magic {magic} and version {version}, not the 20240520 and 1 of GPT-2 tokens: "
+                             "it is damaged or of another kind, fetch it anew")
+        if size != 1024 + 2 * tokens:
+            raise ValueError(f"{path}: a shard of {tokens:,} tokens has {1024 + 2 * tokens:,} bytes, not {size:,}: "
+                             "it is cut short or damaged, fetch it anew")
+        return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+    if size % 2 or not size:
+        raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew")
+    return np.memmap(path, dtype="<u2", mode="r")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,7 +446,8 @@ def command_line(description, options, positional=None, argv=None):
         how = dict(default=argparse.SUPPRESS, help=shown.replace("%", "%%"), metavar=kind.__name__)
         if kind is bool:
             parser.add_argument("--" + name, nargs="?", const=True, type=boolean, **how)
-            parser.add_argument("--no-" + name, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            parser.add_argument("--no-" + name, dest=name, action="store_false", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)
         elif default == "":                                                # a text that may be left out
             parser.add_argument("--" + name, nargs="?", const="", type=kind, **how)
         else:
@@ -369,7 +488,7 @@ def guarded(main):
     except BrokenPipeError:                                                # who reads the output has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)                       # or Python complains as it flushes
         sys.exit(141)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, MemoryError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
 
 
@@ -377,21 +496,24 @@ def main():
     options = {
         "name": (str, None, "what to call your own data: train.py --dataset=NAME"),
         "tokenizer": (str, None, "gpt2 or char, for your own data [gpt2]"),
-        "val_frac": (float, None, "part of your own data that is kept for validation [0.1]"),
+        "val_frac": (float, None, "part of your own data that is kept for validation, 1 = all of it [0.1]"),
         "field": (str, None, "the text's name in the objects of your .jsonl files [text]"),
-        "source": (str, None, "a download that is already on the machine, for a named data set"),
+        "source": (str, None, "a download that is already on the machine, for stdlib and shakespeare"),
+        "shards": (int, None, "of fineweb, 1 to 103 [103]"),
     }
     given, what = command_line(__doc__, options, "the name of a data set, or files and folders of your own")
     if not what:
         refuse(f"say what to prepare: {', '.join(DATASETS)}, or files and folders of your own")
     if len(what) == 1 and what[0] in DATASETS:
-        if wrong := given.keys() - {"source"}:
-            refuse(f"--{min(wrong)} has no effect on {what[0]}: it is for your own files")
+        if wrong := given.keys() - {"shards" if what[0] == "fineweb" else "source"}:
+            refuse(f"--{min(wrong)} has no effect on {what[0]}")
+        if not 1 <= given.get("shards", 1) <= 103:
+            refuse(f"--shards={given['shards']} must be between 1 and 103")
         if "source" in given and not os.path.exists(given["source"]):
             refuse(f"--source={given['source']} is not there")
         return DATASETS[what[0]](os.path.join(DATA, what[0]), **given)
-    if "source" in given:
-        refuse("--source has no effect on your own files: name them as they are")
+    for option in given.keys() & {"source", "shards"}:
+        refuse(f"--{option} has no effect on your own files")
     if not given.get("name"):
         missing = [path for path in what if not os.path.exists(path)]
         near = difflib.get_close_matches(what[0], DATASETS, 1)
@@ -399,7 +521,7 @@ def main():
                + (f": did you mean {near[0]}?" if near else "") if missing else "give your data a name: --name=NAME")
     if given["name"] in DATASETS:
         refuse(f"--name={given['name']} is the name of a data set: choose another")
-    if not 0 < given.get("val_frac", 0.1) < 1:
+    if not 0 < given.get("val_frac", 0.1) <= 1:
         refuse(f"--val_frac={given['val_frac']} must be between 0 and 1")
     if given.get("tokenizer", "gpt2") not in ("gpt2", "char"):
         refuse(f"--tokenizer={given['tokenizer']} is not known: use gpt2 or char")
