@@ -440,7 +440,7 @@ def command_line(description, options, positional=None, argv=None):
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             refuse(message)
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [--flag=value ...]", description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in options.items():
         shown = f"{text} [{default}]" if default not in (None, "") else text
         how = dict(default=argparse.SUPPRESS, help=shown.replace("%", "%%"), metavar=kind.__name__)
