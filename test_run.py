@@ -12,6 +12,7 @@ import pickle
 import random
 import re
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -1176,3 +1177,55 @@ def test_bad_input(data, straight, tmp_path, bad, capsys, monkeypatch, script, c
     one_line(err, words)
     assert got == code and err.startswith(script + ".py: ")
     assert files() == before and not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# README
+
+
+def readme_commands():
+    """The lines of README.md's shell blocks, without comments; left out is what CI itself runs, and the two machines."""
+    text = (HERE / "README.md").read_text()
+    lines = [line for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    return [line for line in lines if not re.match(r"pip |ruff |python -m pytest|torchrun --nnodes|python \.github/", line)]
+
+
+@needs_bpe
+def test_readme_commands(tmp_path):
+    """A command in the README that does not run, with other values only where it would take long or need a network."""
+    (tmp_path / "book.txt").write_text(TEXT)
+    for name, tokenizer in (("chars", "char"), ("shakespeare", "gpt2")):
+        prepare.own(str(tmp_path / name), [str(tmp_path / "book.txt")], tokenizer)
+    GPT2(GPT2Config(n_layer=1, n_head=4, n_embd=32, block_size=32)).save_pretrained(tmp_path / "weights")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/a.txt").write_text(TEXT)
+    ran = 0
+    for line in readme_commands():
+        command, _, piped = line.partition("|")
+        words = shlex.split(piped or command, comments=True)
+        prompt = shlex.split(command)[1] if piped else None
+        ranks = int(re.search(r"--nproc_per_node=(\d+)", line)[1]) if words[0] == "torchrun" else 0
+        at = next(i for i, word in enumerate(words) if word.endswith(".py"))
+        script, argv = pathlib.Path(words[at]).stem, words[at + 1:]
+        if script == "model":
+            continue                                                       # its output is tested above
+        replaced = {"--init_from=gpt2": f"--init_from={tmp_path / 'weights'}", "--name=mine": f"--name={tmp_path / 'mine'}",
+                    "--dataset=mine": f"--dataset={tmp_path / 'mine'}", "--dataset=shakespeare_char": f"--dataset={tmp_path / 'chars'}",
+                    "--dataset=shakespeare": f"--dataset={tmp_path / 'shakespeare'}", "--start=def ": "--start=ab"}
+        argv = [replaced.get(word, word) for word in argv]
+        joined = " ".join(argv)
+        short = dict(max_iters=2, eval_interval=1, eval_iters=1, batch_size=1, gradient_accumulation_steps=4)
+        if script == "train" and "--help" not in argv and "--plot" not in joined:
+            if "init_from" not in joined:
+                short |= dict(block_size=32, n_layer=1, n_head=4, n_embd=32)
+                short |= {} if "dataset" in joined else dict(dataset=tmp_path / "chars")
+            argv += [f"--{name}={value}" for name, value in short.items()]
+            argv += [] if "init_from" not in joined or "resume" in joined else [f"--out_dir={tmp_path / 'tuned'}"]
+            argv += ["--max_iters=3"] if "resume" in joined else []
+        argv += ["--max_new_tokens=4"] if script == "sample" else []
+        if prompt is not None:
+            (tmp_path / "piped").write_text("a")
+            argv += [f"--start=FILE:{tmp_path / 'piped'}"]
+        run(script, *argv, folder=tmp_path, ranks=ranks)
+        ran += 1
+    assert ran >= 15
