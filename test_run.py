@@ -1210,7 +1210,8 @@ def test_readme_commands(tmp_path):
         if script == "model":
             continue                                                       # its output is tested above
         replaced = {"--init_from=gpt2": f"--init_from={tmp_path / 'weights'}", "--name=mine": f"--name={tmp_path / 'mine'}",
-                    "--dataset=mine": f"--dataset={tmp_path / 'mine'}", "--dataset=shakespeare_char": f"--dataset={tmp_path / 'chars'}",
+                    "--dataset=mine": f"--dataset={tmp_path / 'mine'}",
+                    "--dataset=shakespeare_char": f"--dataset={tmp_path / 'chars'}",
                     "--dataset=shakespeare": f"--dataset={tmp_path / 'shakespeare'}", "--start=def ": "--start=ab"}
         argv = [replaced.get(word, word) for word in argv]
         joined = " ".join(argv)
