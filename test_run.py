@@ -1108,7 +1108,7 @@ train    2  --init_from=resume --out_dir={run} --dataset=stdlib    contradicts t
 train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2
 train    1  --init_from={bad}/pickle                               could run code
 train    1  --init_from={bad}/short                                cut short
-train    1  --init_from={bad}/bpe                                  choose or prepare a data set with its tokenizer
+train    1  --init_from={bad}/bpe                                  choose or prepare one with its tokenizer
 train    1  --out_dir={bad}/file                                   file
 train    1  --plot={bad}/empty                                     train first
 sample   2  --strat=x                                              did you mean --start?

@@ -116,7 +116,11 @@ class Team:
         if self.distributed:
             backend = backend or ("nccl" if device.type == "cuda" else "gloo")
             backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend
-            dist.init_process_group(backend, timeout=timedelta(minutes=10))
+            # A restart by torchrun finds the store as the dead processes left it, with their addresses (pytorch's issue
+            # 135712), so each attempt writes under its own number; with several machines their counts may differ.
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if self.local_size == self.size else ""
+            store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+            dist.init_process_group(backend, timeout=timedelta(minutes=10), store=store, rank=self.rank, world_size=self.size)
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
     def say(self, *words):
