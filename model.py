@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from urllib.parse import urljoin
 
 import torch
@@ -35,23 +35,28 @@ from torch.utils.checkpoint import checkpoint
 # Configuration
 
 
+def flag(default, text, **more):
+    """A field of a configuration, with what --help says of it."""
+    return field(default=default, metadata={"help": text, **more})
+
+
 @dataclass
 class GPT2Config:
     """The shape of the model. The defaults are GPT-2 124M. ValueError where the fields contradict each other."""
-    block_size: int = 1024        # the longest text the model is trained on, tokens
-    vocab_size: int = 50257
-    n_layer: int = 12
-    n_head: int = 12
-    n_embd: int = 768
-    dropout: float = 0.0          # after the embeddings, on attention weights and on both residual branches
-    bias: bool = True             # in every Linear and LayerNorm
-    rope: bool = False            # rotary positions (Su et al. 2021, arXiv 2104.09864) in place of the learned ones
-    rope_theta: float = 10000.0   # base of the rotation's wavelengths
-    gqa: bool = False             # grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)
-    n_kv_head: int | None = None  # key/value heads; with gqa alone: the largest divisor of n_head up to a third of it
-    sliding_window: bool = False  # a token sees only the last window_size tokens, itself included (Mistral, 2310.06825)
-    window_size: int | None = None  # with sliding_window alone: a quarter of block_size
-    flash: bool = True            # torch's fused attention kernel; False runs the formula as written out below
+    block_size: int = flag(1024, "the longest text the model is trained on, tokens")
+    vocab_size: int = flag(50257, "tokens the model knows [those of the data]")
+    n_layer: int = flag(12, "transformer blocks")
+    n_head: int = flag(12, "attention heads")
+    n_embd: int = flag(768, "width of the model")
+    dropout: float = flag(0.0, "after the embeddings, on attention weights and on both residual branches")
+    bias: bool = flag(True, "in every Linear and LayerNorm")
+    rope: bool = flag(False, "rotary positions (Su et al. 2021, arXiv 2104.09864) in place of the learned ones")
+    rope_theta: float = flag(10000.0, "base of the rotation's wavelengths")
+    gqa: bool = flag(False, "grouped-query attention (Ainslie et al. 2023, arXiv 2305.13245)")
+    n_kv_head: int | None = flag(None, "key/value heads [with gqa: the largest divisor of n_head up to a third of it]")
+    sliding_window: bool = flag(False, "a token sees only the last window_size, itself included (Mistral, arXiv 2310.06825)")
+    window_size: int | None = flag(None, "tokens [with sliding_window: a quarter of block_size]")
+    flash: bool = flag(True, "torch's fused attention kernel; False runs the formula as written out")
 
     def __post_init__(self):
         def need(ok, message):

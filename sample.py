@@ -86,11 +86,12 @@ def main():
                                 "as in train.py; changes the weights that are read") for name, f in config_options.items()}
     given, _ = command_line(__doc__, options)
     run = {name: default for name, (_, default, _) in OPTIONS.items()} | given
-    for name, ok, limit in (("num_samples", run["num_samples"] >= 1, "1 or more"), ("max_new_tokens", run["max_new_tokens"] >= 1, "1 or more"),
-                            ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
-                            ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
-                            ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),
-                            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")):
+    for name, ok, limit in (
+            ("num_samples", run["num_samples"] >= 1, "1 or more"), ("max_new_tokens", run["max_new_tokens"] >= 1, "1 or more"),
+            ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
+            ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
+            ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),
+            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")):
         if not ok:
             refuse(f"--{name}={run[name]} must be {limit}")
     if run["temperature"] == 0:
@@ -115,8 +116,8 @@ def main():
     model = GPT2.from_pretrained(source, **{name: given[name] for name in CHANGES if name in given})
     tokenizer = Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2")
     if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}: "
-                         "its meta.json is missing or of another model")
+        raise ValueError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
+                         f"{model.config.vocab_size}: its meta.json is missing or of another model")
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
     if run["benchmark"]:
@@ -146,7 +147,8 @@ def main():
     else:
         for text in texts:
             print(tokenizer.decode(prompt[0].tolist() + text) + "\n" + "-" * 15)
-    print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, {str(dtype)[6:]}")
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, "
+          f"{str(dtype).removeprefix('torch.')}")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import timedelta
 
 import numpy as np
@@ -33,21 +33,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, open_tokens, refuse
-from model import GPT2, SIZES, GPT2Config, Progress, convert, read_pretrained, read_safetensors, write_safetensors
+from model import GPT2, SIZES, GPT2Config, Progress, convert, flag, read_pretrained, read_safetensors, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The flags. GPT2Config's are added to them.
 
 
-def flag(default, text, runtime=False):
-    """runtime: belongs to the machine and the moment, so a resumed run does not take it over from the checkpoint."""
-    return field(default=default, metadata=dict(help=text, runtime=runtime))
-
-
 @dataclass
 class Run:
-    init_from: str = flag("scratch", f"scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), {', '.join(SIZES)}, or a folder with a checkpoint", True)
-    out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", True)
+    """runtime: belongs to the machine and the moment, so a resumed run does not take it over from the checkpoint."""
+    init_from: str = flag("scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
+                          f"{', '.join(SIZES)}, or a folder with a checkpoint", runtime=True)
+    out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or a folder with token files")
     seed: int = flag(1337, "of initial weights, data order and dropout")
     batch_size: int = flag(8, "texts of block_size tokens that one process computes at a time")
@@ -62,22 +59,22 @@ class Run:
     beta1: float = flag(0.9, "AdamW's")
     beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = unlimited")
-    grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", True)
+    grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
     eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
     eval_iters: int = flag(10, "batches of training and of validation data in an evaluation, all processes together")
-    eval_only: bool = flag(False, "measure the validation data, all of it or --eval_iters batches, and stop", True)
-    eval_stride: int = flag(None, "with --eval_only: tokens that a window scores, given all before [block_size]", True)
-    benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", True)
+    eval_only: bool = flag(False, "measure the validation data, all of it or --eval_iters batches, and stop", runtime=True)
+    eval_stride: int = flag(None, "with --eval_only: tokens that a window scores, given all before [block_size]", runtime=True)
+    benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", runtime=True)
     always_save_checkpoint: bool = flag(True, "False: save only when the validation loss is the best so far")
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl")
-    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", True)
-    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", True)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", True)
-    dtype: str = flag("auto", "auto, float32, bfloat16, float16", True)
-    compile: str = flag("auto", "torch.compile: auto, True, False", True)
-    tensorboard: bool = flag(False, "log to out_dir/tensorboard too", True)
-    wandb: bool = flag(False, "log to Weights & Biases too", True)
-    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", True)
+    fsdp: bool = flag(False, "shard weights, gradients and optimizer over the processes of torchrun", runtime=True)
+    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", runtime=True)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", runtime=True)
+    dtype: str = flag("auto", "auto, float32, bfloat16, float16", runtime=True)
+    compile: str = flag("auto", "torch.compile: auto, True, False", runtime=True)
+    tensorboard: bool = flag(False, "log to out_dir/tensorboard too", runtime=True)
+    wandb: bool = flag(False, "log to Weights & Biases too", runtime=True)
+    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", runtime=True)
 
 
 # Without --init_from the model is small enough to learn something on a CPU in minutes. From trained weights the steps
@@ -93,7 +90,7 @@ def options():
     def kind(f):
         return next(t for t in (bool, int, float, str) if t.__name__ in str(f.type).replace("<class '", ""))
     shown = {f.name: f.default for f in (*RUN.values(), *SHAPE.values())} | SMALL | dict(vocab_size=None, plot="")
-    return {name: (kind(f), shown[name], f.metadata.get("help", "")) for name, f in {**RUN, **SHAPE}.items()}
+    return {name: (kind(f), shown[name], f.metadata["help"]) for name, f in {**RUN, **SHAPE}.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -168,7 +165,8 @@ class Team:
         if fsdp:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
             mesh = dist.init_device_mesh(device.type, (self.size,))
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else MixedPrecisionPolicy()
+            half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 else {}
+            policy = MixedPrecisionPolicy(**half)
             for block in model.transformer.h:
                 if compiled:
                     block.compile()                                        # in place: parameter names stay as they are
@@ -223,7 +221,8 @@ class Tokens(Dataset):
         self.files = [open_tokens(path) for path in paths]
         self.tokens = sum(map(len, self.files))
         if expected is not None and self.tokens != expected:
-            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, prepare it anew")
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: it is half written, "
+                             "prepare it anew")
         self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
         if not len(self):
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one window of block_size={block_size} and one "
@@ -409,9 +408,9 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
 
 def load_state(out_dir):
     """training_state.pt, mapped; ValueError if it is damaged or of another step than the weights beside it."""
-    path, cure = os.path.join(out_dir, "training_state.pt"), ""
-    if os.path.exists(os.path.join(out_dir, "previous", "training_state.pt")):
-        cure = f"; the checkpoint before it is in {os.path.join(out_dir, 'previous')}: copy its files to {out_dir} to go on from there"
+    path, previous = os.path.join(out_dir, "training_state.pt"), os.path.join(out_dir, "previous")
+    cure = (f"; the checkpoint before it is in {previous}: copy its files to {out_dir} to go on from there"
+            if os.path.exists(os.path.join(previous, "training_state.pt")) else "")
     try:
         _, metadata = read_safetensors(os.path.join(out_dir, "model.safetensors"))
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -500,8 +499,8 @@ def read_metrics(out_dir):
 
 
 def clock(seconds):
-    seconds = int(seconds)
-    return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}" if seconds >= 3600 else f"{seconds // 60}:{seconds % 60:02}"
+    minutes, seconds = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def memory(device):
@@ -555,12 +554,14 @@ def plot(out_dirs, path, over="step"):
            "{svg{background:#14161a} text{fill:#ddd} .grid{stroke:#333} .axis{stroke:#ddd}}</style>"]
     for y in ticks(low, high):
         px, py = at(0, y).split(",")
-        svg.append(f'<path class="grid" d="M{px},{py}h{W}"/><text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
+        svg.append(f'<path class="grid" d="M{px},{py}h{W}"/>'
+                   f'<text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, x1):
         px = at(x, low).split(",")[0]
         svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
-    svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/><text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
-               f'{over}</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+    svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/>'
+               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">{over}</text>'
+               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
         svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
@@ -569,8 +570,9 @@ def plot(out_dirs, path, over="step"):
         best = f", best {min(y for _, y in val):.4f}" if val else ""
         name = name.replace("&", "&amp;").replace("<", "&lt;")
         y = Y + 16 + 18 * i
-        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/><circle cx="{X + W - 238}" cy="{y - 4}" r="3" '
-                   f'fill="{color}"/><text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
+        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/>'
+                   f'<circle cx="{X + W - 238}" cy="{y - 4}" r="3" fill="{color}"/>'
+                   f'<text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write("\n".join(svg + ["</svg>\n"]))
     os.replace(path + ".part", path)
@@ -612,11 +614,12 @@ def choose_dtype(run, device):
     if run.dtype != "auto":
         name, why = run.dtype, "as asked"
     elif device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        name, why = ("float32", "this GPU has no bfloat16, and FSDP no loss scaling") if run.fsdp else ("float16", "this GPU has no bfloat16")
+        name, why = ("float32" if run.fsdp else "float16"), "this GPU has no bfloat16" + ", and FSDP no loss scaling" * run.fsdp
     else:
         name, why = ("bfloat16", "the GPU has it") if device.type == "cuda" else ("float32", f"exact, on {device.type}")
     if name == "float16" and (run.fsdp or device.type != "cuda"):
-        refuse(f"--dtype=float16 needs loss scaling, which {'FSDP lacks' if run.fsdp else 'is for CUDA alone'}: use bfloat16 or float32")
+        refuse(f"--dtype=float16 needs loss scaling, which {'FSDP lacks' if run.fsdp else 'is for CUDA alone'}: "
+               "use bfloat16 or float32")
     return known[name], why
 
 
@@ -739,8 +742,8 @@ def choose_model(run, given, team, tokenizer):
         team.say(f"changed   {note}; the model wants further training to make up for it")
     reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
     if reads.to_json() != tokenizer.to_json():
-        raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is made of "
-                     f"{tokenizer.name} tokens with {tokenizer.vocab_size}: choose or prepare a data set with its tokenizer")
+        raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is "
+                     f"made of {tokenizer.name} tokens with {tokenizer.vocab_size}: choose or prepare one with its tokenizer")
     return config, weights
 
 
@@ -848,9 +851,10 @@ def benchmark(team, device, dtype, gradients, update, tokens, flops, steps=10):
         rows.append(parts)
     medians = {part: float(np.median([row[part] for row in rows[2:]])) for part in rows[0]}
     seconds = float(np.median([sum(row.values()) for row in rows[2:]]))
+    done = tokens / seconds * flops / team.size
     team.say(f"\n{tokens / seconds:,.0f} tokens per second, {seconds * 1e3:,.1f} ms a step, median of {steps}"
-             + (f"; {tokens / seconds * flops / team.size / 1e9:,.1f} GFLOP/s a process, {tokens / seconds * flops / team.size / peak:.1%} "
-                f"of {of}, {peak / 1e9:,.0f}" if peak else "") + f"; peak memory {memory(device) / 1e9:.2f} GB")
+             + (f"; {done / 1e9:,.1f} GFLOP/s a process, {done / peak:.1%} of {of}, {peak / 1e9:,.0f}" if peak else "")
+             + f"; peak memory {memory(device) / 1e9:.2f} GB")
     for part, value in medians.items():
         team.say(f"  {part:10}{value * 1e3:10.2f} ms{value / seconds:8.1%}")
 
@@ -899,7 +903,8 @@ def fit(team, given, run, state, device, why_device):
     config, weights = choose_model(run, given, team, tokenizer)
     if run.eval_only:
         del paths["train"]                                                 # it may be empty
-    splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split)) for split in paths})
+    splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split))
+                                 for split in paths})
     team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
@@ -933,7 +938,8 @@ def fit(team, given, run, state, device, why_device):
              f"dtype     {str(dtype).removeprefix('torch.')}: {why_dtype}\ncompile   {compiled}: {why_compile}\n"
              f"data      {run.dataset}: "
              + (f"{splits['train'].tokens:,} training and " if "train" in splits else "")
-             + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} ({tokenizer.name})\n"
+             + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} "
+             f"({tokenizer.name}, as {folder} says)\n"
              + (f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
                 f"{windows_per_step * T:,} tokens a step"
                 + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1))
@@ -999,8 +1005,8 @@ def fit(team, given, run, state, device, why_device):
         return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
 
     where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
-    again = ("torchrun --standalone --nproc_per_node=%d " % team.size if team.distributed else "python ") + "train.py" \
-        + " --fsdp" * run.fsdp + " --init_from=resume" + where
+    again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
+        + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
         team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
@@ -1008,7 +1014,7 @@ def fit(team, given, run, state, device, why_device):
     def checkpoint():
         save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
-            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata["runtime"]}})
+            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
     def not_finite(what, unharmed):
@@ -1043,7 +1049,8 @@ def fit(team, given, run, state, device, why_device):
         loss, norm, interrupted, terminated = team.total(
             [loss * share, norm * share, signals.interrupted, signals.terminated], device)
         if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}", "the weights were not touched")
+            raise not_finite(f"{'gradient' if math.isfinite(loss) else 'loss'} of step {step + 1}",
+                             "the weights were not touched")
         update()
         step, consumed = step + 1, consumed + windows_per_step
         signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
@@ -1057,8 +1064,8 @@ def fit(team, given, run, state, device, why_device):
                      f"norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left" + (f"  mfu {mfu:.1%}" if mfu else "")
                      + (f"  {mem / 1e9:.2f} GB" if (mem := memory(device)) else ""), stay=due)
             if due:
-                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
-                           **({"mfu": mfu} if mfu else {}))
+                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm,
+                           tokens_per_second=round(speed, 1), memory=mem, **({"mfu": mfu} if mfu else {}))
                 last_logged, logged_step = time.time(), step
 
     if signals.stopped:

@@ -191,7 +191,7 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
     files = []
     for path in paths:
         if not os.path.exists(path):
-            raise FileNotFoundError(f"{path!r} is neither a file, a folder nor a data set: the data sets are {', '.join(DATASETS)}")
+            raise FileNotFoundError(f"{path!r} is neither a file, a folder nor a data set ({', '.join(DATASETS)})")
         if os.path.isdir(path):
             for where, folders, names in os.walk(path):
                 folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -440,13 +440,15 @@ def command_line(description, options, positional=None, argv=None):
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             refuse(message)
-    parser = Parser(description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="%(prog)s [--flag=value ...]", description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (kind, default, text) in options.items():
         shown = f"{text} [{default}]" if default not in (None, "") else text
         how = dict(default=argparse.SUPPRESS, help=shown.replace("%", "%%"), metavar=kind.__name__)
         if kind is bool:
             parser.add_argument("--" + name, nargs="?", const=True, type=boolean, **how)
-            parser.add_argument("--no-" + name, dest=name, action="store_false", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            parser.add_argument("--no-" + name, dest=name, action="store_false", default=argparse.SUPPRESS,
+                                help=argparse.SUPPRESS)
         elif default == "":                                                # a text that may be left out
             parser.add_argument("--" + name, nargs="?", const="", type=kind, **how)
         else:
