@@ -817,7 +817,7 @@ class Hub:
                 return self.send(to, 416, {}, b"")
             served = {"Content-Range": f"bytes {at}-{len(data) - 1}/{len(data)}"} if begin else {}
             self.send(to, 206 if begin else 200, {"ETag": f'"{sha256[::-1]}"', **served}, data[at:], self.cut_at)
-        elif name.endswith(".safetensors"):
+        elif name.endswith((".safetensors", ".bin")):
             self.send(to, 302, {"Location": self.redirect or f"{self.cdn}/blob/{name}?signature=x", "ETag": f'"{sha1}"',
                                 "X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(data)), **self.headers})
         elif "resolve-cache" in to.path:

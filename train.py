@@ -254,7 +254,7 @@ class Tokens(Dataset):
         rows = []
         for file, tokens in enumerate(self.files):
             ends = np.minimum(np.arange(self.T + 1, max(self.T + 2, len(tokens) + stride), stride), len(tokens))
-            begins, firsts = np.maximum(ends - self.T - 1, 0), np.append(1, ends[:-1])
+            begins, firsts = stride * np.arange(len(ends)), np.append(1, ends[:-1])
             rows.append(np.stack([np.full_like(ends, file), begins, firsts, ends]))
         rows = np.concatenate(rows, axis=1).T
         return rows[rows[:, 2] < rows[:, 3]]

@@ -242,11 +242,11 @@ def is_binary(path):
 CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
-def read_pieces(f, size=PORTION):
+def read_pieces(f, size=None):
     """A file's text in pieces of about `size` characters. A piece ends before white space that follows something else:
     there GPT-2's tokenizer cuts anyway, so the tokens are those of the whole text."""
     rest = ""
-    while more := f.read(size):
+    while more := f.read(size or PORTION):
         rest += more
         if cut := CUT.match(rest):
             yield rest[:cut.end()]
