@@ -2,6 +2,7 @@
 Tests of data/prepare.py, train.py and sample.py: the runs. The long ones: pytest -m slow.
 """
 import gzip
+import io
 import itertools
 import json
 import math
@@ -663,14 +664,21 @@ def fails_at_once(rank):
         raise RuntimeError("before the first collective")
 
 
+def rendezvous():
+    return ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{free_port()}", "--local_addr=127.0.0.1")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", [[], ["--fsdp"]])
-def test_a_dead_rank_is_restarted(data, alone, tmp_path, mode):
-    """--max-restarts with --init_from=auto that begins anew, or goes on from other numbers."""
-    process = torchrun(*flags(dataset=data, out_dir=tmp_path / "out"), "--init_from=auto", *mode, nproc=4, tmp=tmp_path,
-                       options=("--standalone", "--max-restarts=2"), hook="at_step(5, signal.SIGKILL, '2')")
-    out, _ = process.communicate(timeout=180)
-    assert process.returncode == 0, out
+@pytest.mark.parametrize("mode, nodes", [([], 1), (["--fsdp"], 1), ([], 2)])
+def test_a_dead_rank_is_restarted(data, alone, tmp_path, monkeypatch, mode, nodes):
+    """--max-restarts with --init_from=auto that begins anew, goes on from other numbers, or finds the dead in the store."""
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", str(nodes - 1))
+    options = ("--max-restarts=2", *(rendezvous() if nodes == 2 else ["--standalone"]))
+    argv = [*flags(dataset=data, out_dir=tmp_path / "out"), "--init_from=auto", *mode]
+    how = dict(options=options, hook="at_step(5, signal.SIGKILL, '2')", nproc=4 // nodes, tmp=tmp_path)
+    for agent in [torchrun(*argv, **how) for _ in range(nodes)]:
+        out, _ = agent.communicate(timeout=180)
+        assert agent.returncode == 0, out
     agree(tmp_path / "out", alone / "plain")
 
 
@@ -678,11 +686,8 @@ def test_a_dead_rank_is_restarted(data, alone, tmp_path, mode):
 @pytest.mark.parametrize("mode", [[], ["--fsdp"]])
 def test_two_nodes(data, alone, tmp_path, mode):
     """What only shows with two torchrun agents: ranks and local ranks taken for each other."""
-    end = f"--rdzv_endpoint=127.0.0.1:{free_port()}"
-    options = ("--nnodes=2", "--rdzv_backend=c10d", end, "--local_addr=127.0.0.1")
-    argv = [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
-    agents = [torchrun(*argv, options=options, tmp=tmp_path) for _ in range(2)]
-    for agent in agents:
+    options, argv = rendezvous(), [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
+    for agent in [torchrun(*argv, options=options, tmp=tmp_path) for _ in range(2)]:
         out, _ = agent.communicate(timeout=180)
         assert agent.returncode == 0, out
     agree(tmp_path / "out", alone / "plain")
@@ -705,13 +710,15 @@ def test_resume_to_the_bit(data, tmp_path, mode, ranks):
 
 
 def test_transformers_opens_it(data, straight):
-    """A checkpoint that Hugging Face's reader refuses, or reads as another model."""
+    """A checkpoint that Hugging Face's reader refuses, or reads as another model than the one that was evaluated."""
     from transformers import GPT2LMHeadModel
-    x, _ = train.Tokens([f"{data}/val.bin"], 32, 50).__getitems__([0, 1])
+    x, y = train.Tokens([f"{data}/val.bin"], 32, 50).__getitems__(range(5))
     with torch.no_grad():
         theirs = GPT2LMHeadModel.from_pretrained(straight / "whole").eval()(x).logits
         ours, _ = GPT2.from_pretrained(str(straight / "whole"))(x)
     assert (theirs - ours).abs().max() < 1e-4 * theirs.std()
+    loss = torch.nn.functional.cross_entropy(theirs.flatten(0, 1), y.flatten()).item()
+    assert curve(straight / "whole")[-1]["val_loss"] == pytest.approx(loss, rel=2e-5)
 
 
 class Watched:
@@ -802,15 +809,24 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
     print(f"{act}: {len(numbers)} moments in a save of {len(names)} calls")
 
 
-@pytest.mark.parametrize("kilobytes", [50, 150])                           # of the weights' 110 and the state's 230
-def test_disk_full(straight, tmp_path, kilobytes):
-    """A traceback, or the good checkpoint lost, when a file cannot grow any further."""
-    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (kilobytes * 1000, kilobytes * 1000))
+SAVING = ["checkpoint of step 6 cannot be saved in", "the one before it is untouched"]
+
+
+@pytest.mark.parametrize("size, words", [(50_000, SAVING), (150_000, SAVING), (900, ["metrics.jsonl cannot be written"])])
+def test_disk_full(straight, tmp_path, size, words):
+    """A traceback, or the good checkpoint lost, where the weights, the state or the metrics cannot grow any further."""
+    limit = partial(files_up_to, size)
     done = resume(straight, tmp_path / "out", before=limit, code=1)
-    one_line(done.err, "checkpoint of step 6 cannot be saved in", "the one before it is untouched")
+    one_line(done.err, *words)
     assert contents(tmp_path / "out") == contents(straight / "cut") and not (tmp_path / "out/.saving").exists()
     run("train", *flags(out_dir=tmp_path / "out"), "--init_from=auto")
     same_run(tmp_path / "out", straight / "whole")
+
+
+def files_up_to(size):
+    if size < 2000:                                                        # less than what is printed, into a file
+        sys.stdout = io.StringIO()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
 
 class Malicious:

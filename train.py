@@ -460,7 +460,7 @@ class Log:
         with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
             f.writelines(line + "\n" for line in kept)
         os.replace(self.path + ".part", self.path)
-        self.file, self.sinks = open(self.path, "a"), []
+        self.file, self.sinks = open(self.path, "ab", buffering=0), []     # nothing is left to be flushed later
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
@@ -471,8 +471,12 @@ class Log:
             self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
 
     def record(self, **values):
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+        line = (json.dumps(values) + "\n").encode()
+        try:
+            while line:
+                line = line[self.file.write(line):]
+        except OSError as e:
+            raise OSError(f"{self.path} cannot be written: {e}; the last checkpoint is untouched") from None
         for sink in self.sinks:
             sink(values)
 
