@@ -178,12 +178,12 @@ def test_loss_is_the_mean_over_counted_targets():
         assert_close(model(idx, targets)[1], by_hand, 1e-5)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-def test_joined_loss_is_the_plain_loss(dtype, tolerance):
+@pytest.mark.parametrize("dtype, rows, tolerance", [(torch.float32, 450, 1e-4), (torch.bfloat16, 50, 2e-2)])
+def test_joined_loss_is_the_plain_loss(dtype, rows, tolerance):
     """A gradient that forgets rows, ignored targets, a scaled loss, or what lies beyond one chunk of 16M logits."""
     generator = torch.Generator().manual_seed(0)
-    x, w = (torch.randn(n, 4, generator=generator).to(dtype).requires_grad_() for n in (450, 40_000))
-    targets = torch.randint(-1, 40_000, (450,), generator=generator)
+    x, w = (torch.randn(n, 4, generator=generator).to(dtype).requires_grad_() for n in (rows, 40_000))
+    targets = torch.randint(-1, 40_000, (rows,), generator=generator)
     targets[::5] = -1
     expected = F.cross_entropy(x.double() @ w.double().t(), targets, ignore_index=-1).float()
     loss = LinearCrossEntropy.apply(x, w, targets, True)
