@@ -2208,7 +2208,7 @@ def test_readme_commands(tmp_path):
         command, _, piped = line.partition("|")
         words = shlex.split(piped or command, comments=True)
         prompt = shlex.split(command)[1] if piped else None
-        ranks = int(re.search(r"--nproc_per_node=(\d+)", line)[1]) if words[0] == "torchrun" else 0
+        ranks = min(4, int(re.search(r"--nproc_per_node=(\d+)", line)[1])) if words[0] == "torchrun" else 0
         at = next(i for i, word in enumerate(words) if word.endswith(".py"))
         script, argv = pathlib.Path(words[at]).stem, words[at + 1:]
         if script == "model":
@@ -2216,7 +2216,8 @@ def test_readme_commands(tmp_path):
         replaced = {"--init_from=gpt2": f"--init_from={tmp_path / 'weights'}", "--name=mine": f"--name={tmp_path / 'mine'}",
                     "--dataset=mine": f"--dataset={tmp_path / 'mine'}",
                     "--dataset=shakespeare_char": f"--dataset={tmp_path / 'chars'}",
-                    "--dataset=shakespeare": f"--dataset={tmp_path / 'shakespeare'}", "--start=def ": "--start=ab"}
+                    "--dataset=shakespeare": f"--dataset={tmp_path / 'shakespeare'}", "--start=def ": "--start=ab",
+                    "--dataset=fineweb": f"--dataset={tmp_path / 'chars'}", "--eval_stride=64": "--eval_stride=8"}
         argv = [replaced.get(word, word) for word in argv]
         joined = " ".join(argv)
         short = dict(max_iters=2, eval_interval=1, eval_iters=1, batch_size=1, gradient_accumulation_steps=4)
@@ -2225,7 +2226,8 @@ def test_readme_commands(tmp_path):
                 short |= dict(block_size=32, n_layer=1, n_head=4, n_embd=32)
                 short |= {} if "dataset" in joined else dict(dataset=tmp_path / "chars")
             argv += [f"--{name}={value}" for name, value in short.items()]
-            argv += [] if "init_from" not in joined or "resume" in joined else [f"--out_dir={tmp_path / 'tuned'}"]
+            if "init_from" in joined and ("resume" not in joined or "mine" in joined):
+                argv += [f"--out_dir={tmp_path / 'tuned'}"]
             argv += ["--max_iters=3"] if "resume" in joined else []
         argv += ["--max_new_tokens=4"] if script == "sample" else []
         if prompt is not None:
