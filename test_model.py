@@ -36,10 +36,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DistributedSampler
 
@@ -64,6 +62,9 @@ from model import (
     write_safetensors,
 )
 
+transformers = pytest.importorskip("transformers", reason="the tests compare with it: pip install transformers")
+safetensors = pytest.importorskip("safetensors.torch", reason="the tests compare with it: pip install safetensors")
+load_file, save_file = safetensors.load_file, safetensors.save_file
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
