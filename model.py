@@ -589,12 +589,19 @@ TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "ml
 IGNORED = (".attn.bias", ".attn.masked_bias", "lm_head.weight")            # two constant masks, and the tied embedding
 
 
+def complete(folder):
+    """Where the checkpoint of a folder lies: train.py's first one may be whole in .saved, but not yet moved into place."""
+    saved = os.path.join(folder, ".saved")
+    return saved if os.path.isdir(saved) and not os.path.exists(os.path.join(folder, "model.safetensors")) else folder
+
+
 def read_pretrained(name_or_folder, **overrides):
     """-> (config, {parameter: tensor in float32}, [what was changed, in words]).
 
     Overrides may change what the weights leave open: dropout, flash, a shorter block_size, a window; and convert:
     gqa mean-pools the key and value heads of each group (arXiv 2305.13245, section 2.1), rope leaves out wpe."""
     files = ("config.json", "model.safetensors")
+    name_or_folder = complete(name_or_folder)
     if os.path.isdir(name_or_folder):
         paths = [os.path.join(name_or_folder, name) for name in files]
         pickles = [name for name in os.listdir(name_or_folder) if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]

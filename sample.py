@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from data.prepare import Tokenizer, command_line, guarded, open_text, refuse
-from model import GPT2, SIZES, GPT2Config
+from model import GPT2, SIZES, GPT2Config, complete
 
 OPTIONS = {
     "init_from": (str, "resume", f"resume (the checkpoint in out_dir), {', '.join(SIZES)}, or a folder with a checkpoint"),
@@ -107,7 +107,7 @@ def main():
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])
 
-    source = run["out_dir"] if run["init_from"] == "resume" else run["init_from"]
+    source = complete(run["out_dir"] if run["init_from"] == "resume" else run["init_from"])
     if run["init_from"] == "resume" and not os.path.exists(os.path.join(source, "config.json")):
         raise FileNotFoundError(f"there is no checkpoint in {source}: train one with python train.py, name its folder with "
                                 "--out_dir, or use OpenAI's with --init_from=gpt2")

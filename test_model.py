@@ -2239,6 +2239,13 @@ def test_readme_commands(tmp_path):
     assert ran >= 15
 
 
+def test_readme_is_whole():
+    """A link to a file that is not there, or a place left to be filled."""
+    text = (HERE / "README.md").read_text()
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", text)
+    assert links and all((HERE / link).exists() for link in links) and not re.search(r"^[A-Z_]{5,}", text, re.MULTILINE)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to tokens
 

@@ -697,7 +697,8 @@ def choose_run(given, team):
     given = {k: v for k, v in given.items() if k in RUN}
     run, state = Run(**given), None
     if run.init_from in ("resume", "auto"):
-        team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) else None)
+        looking = run.eval_only or run.benchmark                           # perhaps at a run that is saving right now
+        team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) and not looking else None)
         there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
         team.same(f"is there a checkpoint in {run.out_dir}, which all machines must share", there)
         if run.init_from == "resume" and not there:
@@ -947,7 +948,7 @@ def fit(team, given, run, state, device, why_device):
              f"data      {run.dataset}: "
              + (f"{splits['train'].tokens:,} training and " if "train" in splits else "")
              + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} "
-             f"({tokenizer.name}, as {folder} says)\n"
+             f"({tokenizer.name})\n"
              + (f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
                 f"{windows_per_step * T:,} tokens a step"
                 + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1))

@@ -257,6 +257,9 @@ def read_pieces(f, size=None):
 
 def json_lines(path, f, field):
     for number, line in enumerate(f, 1):
+        line = line.removeprefix("\ufeff")                                 # a byte order mark
+        if not line.strip():
+            continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError):
