@@ -1098,8 +1098,8 @@ def finish(processes, timeout=60):
     return SimpleNamespace(codes=[p.exitcode for p in processes], out=out, err=err)
 
 
-def run(*args, code=0, **how):
-    done = finish(start(*args, **how))
+def run(*args, code=0, timeout=60, **how):
+    done = finish(start(*args, **how), timeout)
     assert set(done.codes) == {code}, (done.codes, done.out, done.err)
     return done
 
@@ -1545,7 +1545,7 @@ def test_all_modes_over_50_steps(data, tmp_path, name, changes):
     how = dict(dataset=data, max_iters=50, eval_interval=1, gradient_accumulation_steps=8, batch_size=1, **changes)
     run("train", *flags(out_dir=tmp_path / "1", **how))
     for mode, ranks in itertools.product(("ddp", "fsdp"), (2, 4)):
-        run("train", *flags(out_dir=tmp_path / f"{mode}{ranks}", **how), *["--fsdp"] * (mode == "fsdp"), ranks=ranks)
+        run("train", *flags(out_dir=tmp_path / f"{mode}{ranks}", **how), *["--fsdp"] * (mode == "fsdp"), ranks=ranks, timeout=300)
         print(f"{name}, {mode} on {ranks}: {agree(tmp_path / f'{mode}{ranks}', tmp_path / '1'):.1e} at 50 steps")
 
 
