@@ -102,7 +102,7 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):                                 # unknown, or not in this machine or this torch
+    except (RuntimeError, AssertionError):                                 # not in this machine, or not in this torch
         refuse(f"--device={device} is not there: use auto, cpu, cuda, cuda:N or mps")
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])

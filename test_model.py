@@ -2071,6 +2071,7 @@ def test_flags(capsys):
 BAD = """
 train    2  --n_layr=2                                             did you mean --n_layer?
 train    2  --zzz                                                  there is no flag --zzz
+train    2  --tokenizer                                            there is no flag --tokenizer (
 train    2  --n_layer=two                                          --n_layer: invalid int value: 'two'
 train    2  --rope=maybe                                           neither True nor False
 train    2  config/train_gpt2.py                                   config files are not run
@@ -2087,6 +2088,8 @@ train    2  --vocab_size=5                                         too small
 train    2  --fsdp                                                 torchrun --standalone --nproc_per_node=2 train.py
 train    2  --backend=gloo                                         --backend has no effect
 train    2  --device=gpu                                           use auto, cpu, cuda
+train    2  --device=meta                                          use auto, cpu, cuda
+train    2  --device=xpu                                           use auto, cpu, cuda
 train    1  --device=cuda:99                                       GPUs
 train    2  --dtype=int8                                           float32, bfloat16
 train    2  --dtype=float16                                        use bfloat16 or float32
@@ -2115,6 +2118,7 @@ train    1  --init_from={bad}/pickle                               could run cod
 train    1  --init_from={bad}/short                                cut short
 train    1  --init_from={bad}/bpe                                  choose or prepare one with its tokenizer
 train    1  --out_dir={bad}/file                                   file
+train    2  --out_dir=                                             --out_dir is empty
 train    1  --plot={bad}/empty                                     train first
 sample   2  --strat=x                                              did you mean --start?
 sample   2  --top_p=0.0                                            --top_p=0.0
@@ -2125,6 +2129,8 @@ sample   2  --max_new_tokens=0                                     --max_new_tok
 sample   2  --dtype=int8                                           --dtype=int8
 sample   2  --seed=18446744073709551616                            --seed=18446744073709551616
 sample   2  --device=gpu                                           --device=gpu
+sample   2  --device=meta                                          use auto, cpu, cuda
+sample   2  --init_from=                                           --init_from is empty
 sample   2  --device=cuda:99                                       --device=cuda:99
 sample   2  --temperature=0 --top_k=5                              no effect at --temperature=0
 sample   2  --stop_at_eot                                          no end-of-text

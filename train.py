@@ -595,10 +595,7 @@ def choose_device(name, team):
     if name == "auto":
         name, why = (("cuda", "a GPU is there") if torch.cuda.is_available() else
                      ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() else ("cpu", "no GPU is there"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        refuse(f"--device={name} is not known: use auto, cpu, cuda, cuda:N or mps")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if team.local_size > count or (device.index or 0) >= count:
