@@ -42,9 +42,9 @@ CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_wind
 
 def read_prompt(given):
     start = given.get("start")
-    if start is None and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+    if start is None and sys.stdin and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
         start = sys.stdin.read()
-    if start and start.startswith("FILE:"):
+    elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
             start = f.read()
     return start or "\n"
