@@ -694,6 +694,7 @@ def damaged():
         "cut": (lambda raw: raw[:-1], end), "cut header": (lambda raw: raw[:99], "header claims"),
         "longer": (lambda raw: raw + b"1234", "4 bytes that belong to no tensor"),
         "header": (lambda raw: (2**63).to_bytes(8, "little") + raw[8:], "header claims 9,223,372,036,854,775,808"),
+        "no header": (lambda raw: bytes(8) + raw[8:], "header claims 0 bytes"),
         "no JSON": (header(lambda entries: "{no JSON}"), "not JSON"), "list": (header(lambda e: "[1, 2]"), "damaged"),
         "deep": (header(lambda entries: '{"a":' + 10**5 * "[" + 10**5 * "]" + "}"), "not JSON"),
         "not UTF-8": (lambda raw: raw.replace(b"transformer.wte", b"transformer\xffwte"), "not JSON"),
@@ -1359,6 +1360,16 @@ def test_data_larger_than_memory_is_mapped(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 and time.time() - began < 5
 
 
+def test_a_name_is_not_a_path(data, tmp_path, monkeypatch):
+    """A folder of notes that is called like the data set made of them, and is taken for it; or a path that is not."""
+    monkeypatch.setattr(train, "DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "set", tmp_path / "data/set", tmp_path / "other"):
+        shutil.copytree(data, folder)
+    for name, folder in {"set": tmp_path / "data/set", "./set": "./set", "other": "other", data: data}.items():
+        assert train.find_data(name)[0] == str(folder)
+
+
 def test_prepare_leaves_other_files_alone(tmp_path, capsys):
     """A data set prepared over a folder that holds something else, which is then lost."""
     (tmp_path / "mine").mkdir()
@@ -1469,6 +1480,12 @@ def test_what_a_run_leaves(straight, tmp_path, capsys):
     shutil.copytree(straight / "whole", odd := tmp_path / "a<b>&\"c'")
     code, out, _ = here(capsys, "train", f"--plot={odd},{straight / 'whole'}")
     assert code == 0 and out.strip() == str(odd / "loss.svg")
+    for wrong in ('{"step": 5, "loss": "1.0"}', '{"step": 5, "loss": NaN}', '{"step": 5, "val_loss": [1]}', '[1]', '{"step'):
+        with open(odd / "metrics.jsonl", "a") as f:
+            f.write(wrong + "\n")
+    assert here(capsys, "train", f"--plot={odd}")[0] == 0 and "nan" not in (odd / "loss.svg").read_text()
+    (tmp_path / "metrics.jsonl").write_text(wrong)
+    one_line(here(capsys, "train", f"--out_dir={tmp_path}", "--plot")[2], "holds no losses to draw: train first")
     for path in (odd, straight / "whole"):
         assert xml.etree.ElementTree.parse(path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
@@ -1597,10 +1614,14 @@ def test_fsdp_holds_its_share(data, tmp_path, ranks):
     assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
 
 
-def test_accumulation_that_does_not_divide(data, tmp_path):
-    """A global batch silently made smaller, or an error without a number that works."""
-    err = run("train", *flags(dataset=data, out_dir=tmp_path / "out"), ranks=3, code=2).err
-    one_line(err, "--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2")
+@pytest.mark.parametrize("ranks, argv, words", [
+    (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
+    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]), (2, ["--backend=nccl"], ["use gloo"]),
+    (2, ["--init_from=resume", "--block_size=16"], ["--block_size=16 contradicts the checkpoint", "block_size=32"])])
+def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):
+    """A global batch silently made smaller, a line from each process, or processes that linger for others."""
+    out = straight / "whole" if "--init_from=resume" in argv else tmp_path / "out"
+    one_line(run("train", *flags(dataset=data, out_dir=out), *argv, ranks=ranks, code=2, timeout=20).err, *words)
 
 
 def test_ranks_that_see_other_things(data, tmp_path):
@@ -1997,11 +2018,21 @@ def test_ctrl_c_while_sampling(straight):
     assert done.err == "" and done.out.startswith("a") and "tokens per second" not in done.out
 
 
+def test_prompts(tmp_path, monkeypatch):
+    """A piped text that is taken for a file's name, or a traceback where there is no standard input (<&-)."""
+    (tmp_path / "prompt").write_text("FILE:b")
+    with open(tmp_path / "prompt") as f:
+        monkeypatch.setattr(sys, "stdin", f)
+        assert sample.read_prompt({}) == "FILE:b"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample.read_prompt({}) == "\n" and sample.read_prompt({"start": f"FILE:{tmp_path}/prompt"}) == "FILE:b"
+
+
 def test_as_typed(straight, tmp_path):
     """What works only in the tests' own process: a piped prompt, a reader that leaves, a run from another folder."""
     script, out = f"{sys.executable} {HERE}/", f"--out_dir={straight / 'whole'} --device=cpu"
     lines = [f"printf 'ab c' | {script}sample.py {out} --max_new_tokens=5", f"{script}sample.py {out} | head -c 9",
-             f"{script}train.py --out_dri=x", f"{script}data/prepare.py"]
+             f"{script}train.py --out_dri=x", f"{script}data/prepare.py", f"{script}model.py --foo"]
     how = dict(cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen(["bash", "-c", line], **how) for line in lines]
     (piped, no_err), (begun, no_err2), *wrong = [p.communicate(timeout=120) for p in processes]
@@ -2009,7 +2040,8 @@ def test_as_typed(straight, tmp_path):
     assert begun[0] == "\n" and len(begun) == 9 and no_err == no_err2 == ""
     one_line(wrong[0][1], "did you mean --out_dir")
     one_line(wrong[1][1], "say what to prepare")
-    assert [p.returncode for p in processes[2:]] == [2, 2]
+    one_line(wrong[2][1], "model.py: --foo is not understood")
+    assert [p.returncode for p in processes[2:]] == [2, 2, 2]
     assert not os.listdir(tmp_path)
 
 
@@ -2021,10 +2053,10 @@ def test_as_typed(straight, tmp_path):
 def bad(data, straight, tmp_path_factory):
     """Files and folders of which each has something wrong."""
     tmp = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "nanogpt", "half", "wide", "pickle", "short", "bpe", "nometa"):
+    for name in ("empty", "nanogpt", "half", "wide", "counts", "pickle", "short", "bpe", "nometa"):
         (tmp / name).mkdir()
     tokens = read_bin(data, "train")
-    for name in ("nanogpt", "half", "wide"):
+    for name in ("nanogpt", "half", "wide", "counts"):
         for split in ("train", "val"):
             shutil.copy(f"{data}/{split}.bin", tmp / name)
     (tmp / "nanogpt/meta.pkl").write_bytes(b"")
@@ -2038,6 +2070,7 @@ def bad(data, straight, tmp_path_factory):
     (tmp / "pickle/model.safetensors").write_bytes(pickle.dumps(list(range(9))))
     (tmp / "short/model.safetensors").write_bytes((tmp / "short/model.safetensors").read_bytes()[:-9])
     (tmp / "bpe/meta.json").write_text('{"tokenizer": "gpt2"}')
+    (tmp / "counts/meta.json").write_text('{"tokenizer": "gpt2", "tokens": 5}')
     (tmp / "nometa/meta.json").unlink()
     packed = gzip.compress(random.Random(0).randbytes(99999).hex().encode())
     for name, content in {"file": b"", "text": TEXT.encode(), "late": b"a" * 99999 + b"\xff", "cut.gz": packed[:-9],
@@ -2087,6 +2120,8 @@ train    2  --dropout=nan                                          dropout=nan
 train    2  --vocab_size=5                                         too small
 train    2  --fsdp                                                 torchrun --standalone --nproc_per_node=2 train.py
 train    2  --backend=gloo                                         --backend has no effect
+train    1  --device=mps                                           use --device=cpu
+train    2  --benchmark --eval_only                                leave one out
 train    2  --device=gpu                                           use auto, cpu, cuda
 train    2  --device=meta                                          use auto, cpu, cuda
 train    2  --device=xpu                                           use auto, cpu, cuda
@@ -2104,6 +2139,7 @@ train    2  --decay_lr=False                                       no effect wit
 train    1  --dataset=nowhere                                      python data/prepare.py PATH... --name=nowhere
 train    1  --dataset={bad}/empty                                  no train.bin
 train    1  --dataset={bad}/nanogpt                                meta.pkl, a pickle
+train    1  --dataset={bad}/counts                                 counts/meta.json is damaged: its tokens
 train    1  --dataset={bad}/half                                   half written
 train    1  --dataset={bad}/wide                                   token 999, beyond the vocabulary
 train    1  --block_size=512                                       smaller --block_size
@@ -2118,8 +2154,9 @@ train    1  --init_from={bad}/pickle                               could run cod
 train    1  --init_from={bad}/short                                cut short
 train    1  --init_from={bad}/bpe                                  choose or prepare one with its tokenizer
 train    1  --out_dir={bad}/file                                   file
+train    1  --wandb                                                --wandb cannot begin: division by zero
 train    2  --out_dir=                                             --out_dir is empty
-train    1  --plot={bad}/empty                                     train first
+train    2  --plot={bad}/empty                                     has no effect with --plot
 sample   2  --strat=x                                              did you mean --start?
 sample   2  --top_p=0.0                                            --top_p=0.0
 sample   2  --top_k=-1                                             --top_k=-1
@@ -2179,6 +2216,7 @@ def test_bad_input(data, straight, tmp_path, bad, capsys, monkeypatch, script, c
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(prepare, "gpt2_bpe", prepare.gpt2_bpe.__wrapped__)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: 1 / 0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)               # between attempts to download
     monkeypatch.setattr(prepare, "DATA", str(bad))
     monkeypatch.setattr(train, "DATA", str(bad))

@@ -114,7 +114,9 @@ class Team:
     def join(self, device, backend):
         """Small messages travel over gloo, tensors over `backend`; a wait may last as long as a download."""
         if self.distributed:
-            backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+            known = ("nccl", "gloo") if device.type == "cuda" else ("gloo",)
+            if (backend := backend or known[0]) not in known:
+                refuse(f"--backend={backend} does not serve {device.type}: use {' or '.join(known)}")
             backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend
             # A restart by torchrun finds the store as the dead processes left it, with their addresses (pytorch's issue
             # 135712), so each attempt writes under its own number; with several machines their counts may differ.
@@ -300,7 +302,9 @@ class Order(DistributedSampler):
 
 def find_data(name):
     """-> (folder, {"train": [paths], "val": [paths]}) of a data set that has been prepared."""
-    folder = name if os.path.isdir(name) else os.path.join(DATA, name)
+    folder = os.path.join(DATA, name)                                      # a bare name means what was prepared under it
+    if os.path.isdir(name) and (os.path.dirname(name) or not glob.glob(os.path.join(glob.escape(folder), "*.bin"))):
+        folder = name
     found = {split: sorted(glob.glob(os.path.join(glob.escape(folder), f"*{split}*.bin"))) for split in ("train", "val")}
     for split, paths in found.items():
         if not paths:
@@ -313,9 +317,12 @@ def token_counts(folder):
     """What meta.json says of the token files, {} if nothing."""
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            return json.load(f).get("tokens", {})
+            counts = json.load(f).get("tokens", {})
     except FileNotFoundError:
         return {}
+    if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+        raise ValueError(f"{f.name} is damaged: its tokens are no numbers, a split each: prepare the data anew")
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,20 +462,24 @@ class Log:
     def __init__(self, run, config, step):
         self.run, self.path = run, os.path.join(run.out_dir, "metrics.jsonl")
         self.live, self.width = sys.stdout.isatty(), 0
-        os.makedirs(run.out_dir, exist_ok=True)
-        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step else []
-        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
-            f.writelines(line + "\n" for line in kept)
-        os.replace(self.path + ".part", self.path)
-        self.file, self.sinks = open(self.path, "ab", buffering=0), []     # nothing is left to be flushed later
+        self.sinks = []
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
             self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"])
         if run.wandb:
             import wandb
-            wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
+            try:
+                wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
+            except Exception as e:                                         # of its own kinds
+                raise ValueError(f"--wandb cannot begin: {e}") from None
             self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
+        os.makedirs(run.out_dir, exist_ok=True)
+        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step else []
+        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
+            f.writelines(line + "\n" for line in kept)
+        os.replace(self.path + ".part", self.path)
+        self.file = open(self.path, "ab", buffering=0)                     # nothing is left to be flushed later
 
     def record(self, **values):
         line = (json.dumps(values) + "\n").encode()
@@ -492,16 +503,16 @@ class Log:
 
 
 def read_metrics(out_dir):
-    """The records of metrics.jsonl; a line cut short by a crash is passed over."""
+    """The records of metrics.jsonl; a line cut short by a crash, or not of numbers, is passed over."""
     records, path = [], os.path.join(out_dir, "metrics.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
                     record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    if isinstance(record["step"], int) and all(type(v) in (int, float) for v in record.values()):
                         records.append(record)
-                except ValueError:
+                except (ValueError, TypeError, KeyError, RecursionError):
                     pass
     return records
 
@@ -539,8 +550,8 @@ def plot(out_dirs, path, over="step"):
     curves = []
     for i, out_dir in enumerate(out_dirs):
         records, color = read_metrics(out_dir), colors[i % len(colors)]
-        train = [(r[over], r["loss"]) for r in records if "loss" in r]
-        val = [(r[over], r["val_loss"]) for r in records if "val_loss" in r]
+        train, val = ([(r[over], r[name]) for r in records if math.isfinite(r.get(name, math.inf))]
+                      for name in ("loss", "val_loss"))
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
         curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
@@ -594,7 +605,8 @@ def choose_device(name, team):
     why = "as asked"
     if name == "auto":
         name, why = (("cuda", "a GPU is there") if torch.cuda.is_available() else
-                     ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() else ("cpu", "no GPU is there"))
+                     ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() and not team.distributed else
+                     ("cpu", f"no {'CUDA ' * team.distributed}GPU is there"))
     device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
@@ -605,8 +617,8 @@ def choose_device(name, team):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         why += f": {torch.cuda.get_device_name(device)}"
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise Agreed("--device=mps, but there is no Apple GPU here: use --device=cpu")
+    elif device.type == "mps" and (team.distributed or not torch.backends.mps.is_available()):
+        raise Agreed("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
     elif device.type == "cpu":
         why += f", {torch.get_num_threads()} threads"
     return device, why
@@ -670,6 +682,8 @@ def check(run, given, team):
     if not run.decay_lr:
         for name in given.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"}:
             refuse(f"--{name} has no effect without --decay_lr")
+    if run.benchmark and run.eval_only:
+        refuse("--benchmark times training steps, --eval_only makes none: leave one out")
     if run.eval_stride and not run.eval_only:
         refuse("--eval_stride has no effect without --eval_only")
     G, R = run.gradient_accumulation_steps, team.size
@@ -1107,7 +1121,9 @@ def main():
     given, _ = command_line(__doc__, options())
     team = Team()
     if "plot" in given:
-        out_dirs = [d for d in given["plot"].split(",") if d] or [given.get("out_dir", Run.out_dir)]
+        out_dirs = [d for d in given.pop("plot").split(",") if d] or [given.pop("out_dir", Run.out_dir)]
+        if given:
+            refuse(f"--{min(given)} has no effect with --plot={','.join(out_dirs)}, which only draws")
         path = os.path.join(out_dirs[0], "loss.svg")
         plot(out_dirs, path)
         return print(path)
