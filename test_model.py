@@ -1490,13 +1490,36 @@ def test_what_a_run_leaves(straight, tmp_path, capsys):
         assert xml.etree.ElementTree.parse(path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_eval_only_and_best_only(straight, tmp_path):
-    """--eval_only that trains or writes; --always_save_checkpoint=False that keeps a model which is not the best."""
+def test_looking_changes_nothing(straight, tmp_path):
+    """--eval_only that trains, writes, or measures something else than the evaluation during training."""
     out = resume(straight, tmp_path / "a", "--eval_only").out
     assert f"{next(r['val_loss'] for r in curve(tmp_path / 'a') if r['step'] == 3 and 'val_loss' in r):.4f}" in out
     assert curve(tmp_path / "a") == curve(straight / "cut")
-    resume(straight, tmp_path / "b", "--always_save_checkpoint=False", "--learning_rate=1", "--min_lr=1")
-    assert len(curve(tmp_path / "b")) == 13 and train.load_state(str(tmp_path / "b"))["step"] == 3
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_best_only(straight, tmp_path, worse):
+    """--always_save_checkpoint=False that loses the best model, or at Ctrl-C what came after it."""
+    only = ["--always_save_checkpoint=False", *worse * ["--learning_rate=1", "--min_lr=1"]]
+    resume(straight, tmp_path / "whole", *only)
+    resume(straight, out := tmp_path / "cut", *only, before=partial(at_step, 4, signal.SIGTERM), code=143)
+    done = run("train", *flags(out_dir=out), "--init_from=resume", *only, before=partial(at_step, 5, signal.SIGTERM), code=143)
+    assert f"stopped at step 5, saved in {out}/stopped; the best checkpoint, of step 3, stays in {out}." in done.out
+    assert [train.load_state(str(folder))["step"] for folder in (out, out / "stopped")] == [3, 5]
+    run("train", *flags(out_dir=out), "--init_from=auto", *only)
+    same_run(out, tmp_path / "whole")
+    assert train.load_state(str(out))["step"] == (3 if worse else 9) and (out / "stopped").exists() == worse
+
+
+def test_no_step_is_better(data, straight, tmp_path):
+    """A fine-tuning run that only made it worse, and leaves nothing; or one that cannot go on from its step 0."""
+    how = dict(dataset=data, out_dir=tmp_path, learning_rate=1, min_lr=1, init_from=straight / "whole")
+    done = run("train", *flags(**how), "--always_save_checkpoint=False")
+    assert f"no step made the validation loss lower: the checkpoint in {tmp_path} is the model" in done.out
+    weights = (straight / "whole/model.safetensors", tmp_path / "model.safetensors")
+    assert all(map(torch.equal, *(load_file(path).values() for path in weights)))
+    done = run("train", *flags(out_dir=tmp_path, learning_rate=1e-5), "--init_from=resume")
+    assert "moved to" not in done.out and [r["step"] for r in curve(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
 @pytest.mark.parametrize("eval_interval", [100, 1])                        # the step fails, or the evaluation after it
@@ -1514,7 +1537,7 @@ def test_signals(data, straight, tmp_path, number, code):
     """Work lost at Ctrl-C or when a cluster takes the machine back."""
     out = tmp_path / "a folder"
     done = run("train", *flags(dataset=data, dropout=0.1, out_dir=out), before=partial(at_step, 5, number), code=code)
-    assert "stopped at step 5; the checkpoint in" in done.out and not done.err
+    assert f"stopped at step 5, saved in {out}. Go on with" in done.out and not done.err
     assert done.out.splitlines()[-1].strip() == f"python train.py --init_from=resume --out_dir='{out}'"
     assert len(curve(out)) == 2 + 5 and train.load_state(str(out))["step"] == 5
     run("train", "--init_from=resume", f"--out_dir={out}", "--device=cpu")

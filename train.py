@@ -351,6 +351,7 @@ def settle(out_dir):
                 except OSError:
                     os.replace(here, old)
             os.replace(new, here)
+    shutil.rmtree(os.path.join(out_dir, "stopped"), ignore_errors=True)    # it was of an earlier step
     os.rmdir(saved)
 
 
@@ -358,13 +359,15 @@ def set_aside(out_dir):
     """Moves the run that a new one would write over to out_dir/previous_run -> that folder, None if there is no run.
     The training state goes first, so that half of a checkpoint is never resumed; the weights last, so that what a kill
     interrupted goes on next time."""
-    if os.path.isdir(out_dir):
-        settle(out_dir)
+    settle(out_dir)
     if not os.path.exists(os.path.join(out_dir, "model.safetensors")):
         return None
     kept = os.path.join(out_dir, "previous_run")
+    if os.path.exists(os.path.join(out_dir, "training_state.pt")):         # nothing has been moved yet
+        shutil.rmtree(kept, ignore_errors=True)
     os.makedirs(kept, exist_ok=True)
-    for name in ("training_state.pt", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous", "model.safetensors"):
+    for name in ("training_state.pt", "stopped", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous",
+                 "model.safetensors"):
         if os.path.exists(os.path.join(out_dir, name)):
             shutil.rmtree(os.path.join(kept, name), ignore_errors=True)    # a folder cannot be written over
             os.replace(os.path.join(out_dir, name), os.path.join(kept, name))
@@ -417,6 +420,14 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
     team.agree(lambda: attempt(write_state if team.chief else lambda: None))
 
 
+def latest(run):
+    """The folder that a run goes on from. With --always_save_checkpoint=False out_dir holds the best checkpoint, and what
+    an interruption cut short lies in out_dir/stopped; who only looks at the model looks at the best."""
+    stopped = os.path.join(run.out_dir, "stopped")
+    ahead = os.path.exists(os.path.join(stopped, "training_state.pt")) and not (run.eval_only or run.benchmark)
+    return stopped if ahead else run.out_dir
+
+
 def load_state(out_dir):
     """training_state.pt, mapped; ValueError if it is damaged or of another step than the weights beside it."""
     path, previous = os.path.join(out_dir, "training_state.pt"), os.path.join(out_dir, "previous")
@@ -460,12 +471,13 @@ class Log:
     """metrics.jsonl, one aligned line a step on the screen, and TensorBoard or Weights & Biases if asked for."""
 
     def __init__(self, run, config, step):
+        """step: of the checkpoint that the run goes on from, or None."""
         self.run, self.path = run, os.path.join(run.out_dir, "metrics.jsonl")
         self.live, self.width = sys.stdout.isatty(), 0
         self.sinks = []
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
+            writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step or 0)
             self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"])
         if run.wandb:
             import wandb
@@ -475,7 +487,7 @@ class Log:
                 raise ValueError(f"--wandb cannot begin: {e}") from None
             self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
         os.makedirs(run.out_dir, exist_ok=True)
-        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step else []
+        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step is not None else []
         with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
             f.writelines(line + "\n" for line in kept)
         os.replace(self.path + ".part", self.path)
@@ -709,7 +721,8 @@ def choose_run(given, team):
     run, state = Run(**given), None
     if run.init_from in ("resume", "auto"):
         looking = run.eval_only or run.benchmark                           # perhaps at a run that is saving right now
-        team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) and not looking else None)
+        folders = [] if looking or not team.chief else [run.out_dir, os.path.join(run.out_dir, "stopped")]
+        team.agree(lambda: [settle(folder) for folder in folders])
         there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
         team.same(f"is there a checkpoint in {run.out_dir}, which all machines must share", there)
         if run.init_from == "resume" and not there:
@@ -719,7 +732,7 @@ def choose_run(given, team):
     elif run.init_from != "scratch" and run.init_from not in SIZES and not os.path.isdir(run.init_from):
         refuse(f"--init_from={run.init_from} is neither scratch, resume, auto, one of {', '.join(SIZES)}, nor a folder")
     if given.get("init_from") == "resume":
-        state = team.agree(lambda: load_state(run.out_dir))
+        state = team.agree(lambda: load_state(latest(run)))
         team.same(f"the step of the checkpoint in {run.out_dir}, which all machines must share", state["step"])
         saved = {k: v for k, v in state["run"].items() if k in RUN}
         for name in ("dataset", "seed"):
@@ -735,7 +748,7 @@ def choose_run(given, team):
 def choose_model(run, given, team, tokenizer):
     """-> (config, weights or None for new ones)."""
     shape = {k: v for k, v in given.items() if k in SHAPE}
-    source = run.out_dir if run.init_from == "resume" else run.init_from
+    source = latest(run) if run.init_from == "resume" else run.init_from
     if source == "scratch":
         if shape.setdefault("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
             refuse(f"--vocab_size={shape['vocab_size']} is too small for the data's {tokenizer.vocab_size}")
@@ -946,9 +959,10 @@ def fit(team, given, run, state, device, why_device):
               {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
                                   fused=device.type in ("cpu", "cuda"))
-    step, consumed, best, evaluated = 0, 0, math.inf, None
+    step, consumed, best, best_step, evaluated, saved_step = 0, 0, math.inf, None, None, None
     if state:
         step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
+        saved_step, best_step = step, state.get("best_step", step)
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
         if state["scaler"]:                                                # empty if that run was not in float16
             scaler.load_state_dict(state["scaler"])
@@ -1027,39 +1041,41 @@ def fit(team, given, run, state, device, why_device):
     where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
-    if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
+    if saved_step is None and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
         team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
-    log = team.agree(lambda: Log(run, config, step) if team.chief else None)
+    log = team.agree(lambda: Log(run, config, saved_step) if team.chief else None)
 
-    def checkpoint():
-        save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
-            "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
+    def checkpoint(folder):
+        save(team, folder, config, parameters, optimizer, tokenizer, {
+            "step": step, "windows": consumed, "best_val_loss": best, "best_step": best_step, "evaluated": evaluated,
+            "scaler": scaler.state_dict(),
             "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
     def not_finite(what, unharmed):
         return Agreed(f"the {what} is not finite, at learning rate {lr:.3g}: stopped, {unharmed}. "
-                      + (f"The last checkpoint, of step {saved_step}, is in {run.out_dir}: go on with a lower rate, "
-                         f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step else
+                      + (f"The last checkpoint, of step {saved_step}, is in {latest(run)}: go on with a lower rate, "
+                         f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step is not None else
                          "There is no checkpoint yet: start again with a lower --learning_rate"))
 
-    signals, saved_step, lr = catch_signals(), step or None, learning_rate(run, max(step - 1, 0))
+    signals, lr = catch_signals(), learning_rate(run, max(step - 1, 0))
     peak, flops = peak_flops(device, dtype), 3 * config.flops_per_token()
     began = last_logged = time.time()
     first_step = logged_step = step
     while True:
         if (step % run.eval_interval == 0 or step == run.max_iters) and evaluated != step:
             paused, losses = time.time(), losses_now()
-            better = losses["val_loss"] < best
-            best, evaluated = min(best, losses["val_loss"]), step
+            evaluated, better = step, losses["val_loss"] < best
+            if better:
+                best, best_step = losses["val_loss"], step
             if not all(map(math.isfinite, losses.values())):
                 raise not_finite(f"evaluated loss after step {step}", "nothing was saved")
             if team.chief:
                 log.record(step=step, tokens=consumed * T, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
                          + (" (best)" if better else ""))
-            if step > first_step and (better or run.always_save_checkpoint):
-                saved_step = checkpoint()
+            if step > first_step if run.always_save_checkpoint else better:
+                saved_step = checkpoint(run.out_dir)
             last_logged += time.time() - paused                            # neither counts as training time
         if step == run.max_iters or signals.stopped:
             break
@@ -1089,14 +1105,20 @@ def fit(team, given, run, state, device, why_device):
                 last_logged, logged_step = time.time(), step
 
     if signals.stopped:
-        if saved_step != step and (run.always_save_checkpoint or saved_step is None):
-            saved_step = checkpoint()
-        team.say(f"\nstopped at step {step}; the checkpoint in {run.out_dir} is of step {saved_step}. Go on with\n    {again}")
+        beside = not run.always_save_checkpoint and saved_step != step
+        folder = os.path.join(run.out_dir, "stopped") if beside else run.out_dir
+        if saved_step != step:
+            checkpoint(folder)
+        team.say(f"\nstopped at step {step}, saved in {folder}"
+                 + f"; the best checkpoint, of step {best_step}, stays in {run.out_dir}" * beside + f". Go on with\n    {again}")
     if team.chief:
         plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
     if not signals.stopped:
-        team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
-                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+        if best_step == 0 and not run.always_save_checkpoint:
+            team.say(f"\nno step made the validation loss lower: the checkpoint in {run.out_dir} is the model that the run began "
+                     "with. Try a lower --learning_rate")
+        team.say(f"\nbest validation loss {best:.4f} (step {best_step}), {clock(time.time() - began)} of training; the curves "
+                 f"are in {os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
     return signals.stopped
 
 
