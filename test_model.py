@@ -1843,13 +1843,16 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
 
 
 SAVING = ["checkpoint of step 6 cannot be saved in", "the one before it is untouched"]
+METRICS = ["metrics.jsonl cannot be written"]
 
 
-@pytest.mark.parametrize("size, words", [(50_000, SAVING), (150_000, SAVING), (900, ["metrics.jsonl cannot be written"])])
-def test_disk_full(straight, tmp_path, size, words):
-    """A traceback, or the good checkpoint lost, where the weights, the state or the metrics cannot grow any further."""
+@pytest.mark.parametrize("size, ranks, words", [(50_000, 0, SAVING), (150_000, 0, SAVING), (150_000, 2, SAVING),
+                                                (900, 0, METRICS), (900, 2, METRICS)])
+def test_disk_full(straight, tmp_path, size, ranks, words):
+    """A traceback, of one process or of those that wait for it, or the good checkpoint lost, where the weights, the
+    state or the metrics cannot grow any further."""
     limit = partial(files_up_to, size)
-    done = resume(straight, tmp_path / "out", before=limit, code=1)
+    done = resume(straight, tmp_path / "out", before=limit, code=1, ranks=ranks)
     one_line(done.err, *words)
     assert contents(tmp_path / "out") == contents(straight / "cut") and not (tmp_path / "out/.saving").exists()
     run("train", *flags(out_dir=tmp_path / "out"), "--init_from=auto")

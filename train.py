@@ -1045,6 +1045,9 @@ def fit(team, given, run, state, device, why_device):
         team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, saved_step) if team.chief else None)
 
+    def record(**values):
+        team.agree(lambda: log.record(step=step, tokens=consumed * T, **values) if team.chief else None)
+
     def checkpoint(folder):
         save(team, folder, config, parameters, optimizer, tokenizer, {
             "step": step, "windows": consumed, "best_val_loss": best, "best_step": best_step, "evaluated": evaluated,
@@ -1070,8 +1073,8 @@ def fit(team, given, run, state, device, why_device):
                 best, best_step = losses["val_loss"], step
             if not all(map(math.isfinite, losses.values())):
                 raise not_finite(f"evaluated loss after step {step}", "nothing was saved")
+            record(**losses)
             if team.chief:
-                log.record(step=step, tokens=consumed * T, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
                          + (" (best)" if better else ""))
             if step > first_step if run.always_save_checkpoint else better:
@@ -1091,18 +1094,18 @@ def fit(team, given, run, state, device, why_device):
         step, consumed = step + 1, consumed + windows_per_step
         signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
 
+        now, due = time.time(), step % run.log_interval == 0 or step in (first_step + 1, run.max_iters)
+        speed, mem = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9), memory(device)
+        mfu = speed * flops / (peak * team.size) if peak else None
+        if due:
+            record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
+                   **({"mfu": mfu} if mfu else {}))
+            last_logged, logged_step = time.time(), step
         if team.chief:
-            now, due = time.time(), step % run.log_interval == 0 or step in (first_step + 1, run.max_iters)
-            speed = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9)
-            mfu = speed * flops / (peak * team.size) if peak else None
             left = (run.max_iters - step) * (now - began) / (step - first_step)
             log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.1e}  "
                      f"norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left" + (f"  mfu {mfu:.1%}" if mfu else "")
-                     + (f"  {mem / 1e9:.2f} GB" if (mem := memory(device)) else ""), stay=due)
-            if due:
-                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm,
-                           tokens_per_second=round(speed, 1), memory=mem, **({"mfu": mfu} if mfu else {}))
-                last_logged, logged_step = time.time(), step
+                     + (f"  {mem / 1e9:.2f} GB" if mem else ""), stay=due)
 
     if signals.stopped:
         beside = not run.always_save_checkpoint and saved_step != step
@@ -1111,8 +1114,7 @@ def fit(team, given, run, state, device, why_device):
             checkpoint(folder)
         team.say(f"\nstopped at step {step}, saved in {folder}"
                  + f"; the best checkpoint, of step {best_step}, stays in {run.out_dir}" * beside + f". Go on with\n    {again}")
-    if team.chief:
-        plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
+    team.agree(lambda: plot([run.out_dir], os.path.join(run.out_dir, "loss.svg")) if team.chief else None)
     if not signals.stopped:
         if best_step == 0 and not run.always_save_checkpoint:
             team.say(f"\nno step made the validation loss lower: the checkpoint in {run.out_dir} is the model that the run began "
