@@ -1779,13 +1779,16 @@ class Watched:
 
 def at_disk_call(n, act, calls=None):
     """To be called in a process before train.main: the n-th time that the save of step 6 turns to the disk, it is
-    killed ("kill") or finds the disk full ("full"). `calls`: a file to write the calls' names to."""
+    killed ("kill"), finds the disk full ("full") or from then on read-only ("sealed"). `calls`: a file for the names of
+    the calls."""
     import model
     names, on = [], []
 
     def due(name, first=lambda: None):
         if on:
             names.append(name)
+            if act == "sealed" and len(names) >= n:
+                raise OSError(30, "Read-only file system")
             if len(names) == n:
                 first()
                 if act == "kill":
@@ -1811,10 +1814,10 @@ def at_disk_call(n, act, calls=None):
     train.save = save
 
 
-@pytest.mark.parametrize("act", ["kill", "full"])
+@pytest.mark.parametrize("act", ["kill", "full", "sealed"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_save_loses_anything(straight, tmp_path, act, every):
-    """A moment in a save at which a kill or a full disk leaves no checkpoint, or files of two steps."""
+    """A moment in a save at which a kill, or a disk that is full or read-only, leaves no checkpoint, or one of two steps."""
     resume(straight, tmp_path / "counted", before=partial(at_disk_call, 0, "none", tmp_path / "calls"))
     same_run(tmp_path / "counted", straight / "whole")
     names = (tmp_path / "calls").read_text().split()
@@ -1830,9 +1833,9 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
             done = finish(processes)
             if act == "kill":
                 assert done.codes == [-9], (i, names[i], done.err)
-            elif names[i] != "link":                                       # where there are no links, files are moved
+            elif act == "sealed" or names[i] != "link":                    # where there are no links, files are moved
                 assert done.codes == [1], (i, names[i], done.err)
-                one_line(done.err, "step 6 cannot be saved in", "No space left" if names[i] != "write" else "")
+                one_line(done.err, "step 6 cannot be saved in", "Read-only" if act == "sealed" else "No space left")
         started = [start("train", *flags(out_dir=out), "--init_from=auto") for out in outs.values()]
         for i, processes in zip(outs, started, strict=True):
             done = finish(processes)
@@ -1842,7 +1845,7 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
     print(f"{act}: {len(numbers)} moments in a save of {len(names)} calls")
 
 
-SAVING = ["checkpoint of step 6 cannot be saved in", "the one before it is untouched"]
+SAVING = ["checkpoint of step 6 cannot be saved in", "File too large; the one before it is untouched"]
 METRICS = ["metrics.jsonl cannot be written"]
 
 

@@ -404,9 +404,10 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
     def attempt(work):
         try:
             work()
-        except (OSError, RuntimeError) as e:                               # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as e:                               # torch.save buries the disk's error in its own
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"the checkpoint of step {state['step']} cannot be saved in {out_dir}: {e}; "
+            reason = isinstance(e, RuntimeError) and e.__context__ or e
+            raise OSError(f"the checkpoint of step {state['step']} cannot be saved in {out_dir}: {reason}; "
                           "the one before it is untouched") from None
         finally:
             for _ in tensors:                                              # the other processes are gathering too
