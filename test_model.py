@@ -1717,10 +1717,14 @@ def test_a_dead_rank_is_restarted(data, alone, tmp_path, monkeypatch, mode, node
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--fsdp"]])
-def test_two_nodes(data, alone, tmp_path, mode):
-    """What only shows with two torchrun agents: ranks and local ranks taken for each other."""
-    options, argv = rendezvous(), [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
-    for agent in [torchrun(*argv, options=options, tmp=tmp_path) for _ in range(2)]:
+@pytest.mark.parametrize("static", [True, False])
+def test_two_nodes(data, alone, tmp_path, mode, static):
+    """What only shows with two torchrun agents, by the README's line (static) or c10d: ranks taken for local ranks."""
+    argv = [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
+    line = re.search(r"^torchrun (--nnodes=2 .*) train\.py", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    line = line.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
+    nodes = [line.replace("=N", f"={node}").split() for node in range(2)] if static else [rendezvous()] * 2
+    for agent in [torchrun(*argv, options=options, tmp=tmp_path) for options in nodes]:
         out, _ = agent.communicate(timeout=180)
         assert agent.returncode == 0, out
     agree(tmp_path / "out", alone / "plain")
