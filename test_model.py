@@ -3,6 +3,7 @@ Every promise of this project, tried on the CPU without the internet: python -m 
 python -m pytest -m slow for the long ones. A test's docstring names the bug that it would catch.
 """
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import http.server
@@ -1635,6 +1636,52 @@ def test_fsdp_holds_its_share(data, tmp_path, ranks):
     whole = 16 * GPT2.from_pretrained(tmp_path / "out").num_parameters()
     shares = [int(pathlib.Path(tmp_path, str(rank)).read_text()) / whole for rank in range(ranks)]
     assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
+
+
+def watch_memory(folder):
+    """weigh, and writes down by how much the process grows while weights are loaded and while a checkpoint is saved.
+    The pages of a mapped file do not count: they are the disk cache's, one copy however many processes read them."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 18)                                 # what is freed shall be given back at once
+    weigh(folder)
+    phase, first, peak = "start", {}, Counter()
+
+    def look():
+        held = int(re.search(r"RssAnon:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+        peak[phase] = max(peak[phase], held - first.setdefault(phase, held))
+
+    def entering(name, function):
+        def entered(*args):
+            nonlocal phase
+            phase = name
+            look()
+            result = function(*args)
+            pathlib.Path(folder, "grown" + os.environ["RANK"]).write_text(json.dumps(peak))
+            return result
+        return entered
+    train.choose_model = entering("load", train.choose_model)
+    train.Team.wrap = entering("train", train.Team.wrap)
+    train.save = entering("save", train.save)
+    threading.Thread(target=lambda: [look() for _ in iter(lambda: time.sleep(0.001), 0)], daemon=True).start()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_copies_of_the_whole(data, tmp_path, ranks):
+    """Loading under FSDP that builds the whole model or optimizer, or a save that gathers it, in every process."""
+    config = GPT2Config(n_layer=8, n_head=8, n_embd=512, block_size=64, vocab_size=prepare.Tokenizer.load(data).vocab_size)
+    GPT2(config, seed=0).save_pretrained(tmp_path / "weights")
+    shutil.copy(f"{data}/meta.json", tmp_path / "weights")
+    whole = os.path.getsize(tmp_path / "weights/model.safetensors")
+    argv = dict(dataset=data, out_dir=tmp_path / "out", init_from=tmp_path / "weights", device="cpu", always_save_checkpoint=True,
+                max_iters=1, batch_size=1, gradient_accumulation_steps=ranks, eval_iters=1)
+    argv = ["--fsdp", *(f"--{name}={value}" for name, value in argv.items())]
+    run("train", *argv, ranks=ranks, before=partial(watch_memory, tmp_path))
+    grown = [json.loads((tmp_path / f"grown{rank}").read_text()) for rank in range(ranks)]
+    load, save = (sum(g[phase] for g in grown) / whole for phase in ("load", "save"))
+    held = [int((tmp_path / str(rank)).read_text()) / whole for rank in range(ranks)]
+    print(f"{ranks} processes: {load:.2f} times the weights to load, {save:.2f} to save, {max(held):.2f} in a step")
+    assert load < 1.3 and save < 3                                         # to save, one process has both moments whole
+    assert max(held) < 4.4 / ranks
 
 
 @pytest.mark.parametrize("ranks, argv, words", [
