@@ -87,7 +87,7 @@ def main():
     given, _ = command_line(__doc__, options)
     run = {name: default for name, (_, default, _) in OPTIONS.items()} | given
     for name, ok, limit in (
-            ("num_samples", run["num_samples"] >= 1, "1 or more"), ("max_new_tokens", run["max_new_tokens"] >= 1, "1 or more"),
+            *((name, 1 <= run[name] < 2**31, "at least 1 and below 2^31") for name in ("num_samples", "max_new_tokens")),
             ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
             ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
             ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),

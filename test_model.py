@@ -2245,7 +2245,7 @@ train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2
 train    1  --init_from={bad}/pickle                               could run code
 train    1  --init_from={bad}/short                                cut short
 train    1  --init_from={bad}/bpe                                  choose or prepare one with its tokenizer
-train    1  --out_dir={bad}/file                                   file
+train    1  --out_dir={bad}/file                                   file cannot be written
 train    1  --wandb                                                --wandb cannot begin: division by zero
 train    2  --out_dir=                                             --out_dir is empty
 train    2  --plot={bad}/empty                                     has no effect with --plot
@@ -2255,6 +2255,7 @@ sample   2  --top_k=-1                                             --top_k=-1
 sample   2  --temperature=-1.0                                     --temperature=-1.0
 sample   2  --num_samples=0                                        --num_samples=0
 sample   2  --max_new_tokens=0                                     --max_new_tokens=0
+sample   2  --max_new_tokens=99999999999                           below 2^31
 sample   2  --dtype=int8                                           --dtype=int8
 sample   2  --seed=18446744073709551616                            --seed=18446744073709551616
 sample   2  --device=gpu                                           --device=gpu
@@ -2655,6 +2656,12 @@ def test_only_memory_is_taken_for_memory(capsys, monkeypatch):
         assert code == 1 and err.count("\n") == 1 and "--grad_checkpoint" in err
     with pytest.raises(RuntimeError, match="shapes"):
         here(capsys, "train", "--batch_size=1", "--device=cpu")
+    monkeypatch.setattr(sample, "complete", fit)
+    errors = [RuntimeError("shapes"), torch.OutOfMemoryError("CUDA: 2 GB"), RuntimeError("can't allocate memory")]
+    for _ in range(2):
+        one_line(here(capsys, "sample", "--device=cpu")[2], "sample.py: out of memory: fewer or shorter texts")
+    with pytest.raises(RuntimeError, match="shapes"):
+        here(capsys, "sample", "--device=cpu")
 
 
 def test_lines_fit(data, tmp_path, capsys, monkeypatch):  # noqa: F811

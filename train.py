@@ -32,7 +32,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, open_tokens, refuse
+from data.prepare import DATA, DATASETS, Tokenizer, command_line, guarded, open_tokens, out_of_memory, refuse
 from model import GPT2, SIZES, GPT2Config, Progress, convert, flag, read_pretrained, read_safetensors, write_safetensors
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -487,12 +487,15 @@ class Log:
             except Exception as e:                                         # of its own kinds
                 raise ValueError(f"--wandb cannot begin: {e}") from None
             self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
-        os.makedirs(run.out_dir, exist_ok=True)
         kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step is not None else []
-        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
-            f.writelines(line + "\n" for line in kept)
-        os.replace(self.path + ".part", self.path)
-        self.file = open(self.path, "ab", buffering=0)                     # nothing is left to be flushed later
+        try:
+            os.makedirs(run.out_dir, exist_ok=True)
+            with open(self.path + ".part", "w") as f:                      # what came after the checkpoint comes again
+                f.writelines(line + "\n" for line in kept)
+            os.replace(self.path + ".part", self.path)
+            self.file = open(self.path, "ab", buffering=0)                 # nothing is left to be flushed later
+        except OSError as e:
+            raise OSError(f"--out_dir={run.out_dir} cannot be written ({e}): choose another") from None
 
     def record(self, **values):
         line = (json.dumps(values) + "\n").encode()
@@ -901,8 +904,7 @@ def train(team, given):
     try:
         return fit(team, given, run, state, device, why_device)
     except (RuntimeError, MemoryError) as e:
-        known = any(words in str(e) for words in ("out of memory", "allocate memory"))  # what MPS and CPU say
-        if not isinstance(e, torch.OutOfMemoryError | MemoryError) and not known:
+        if not out_of_memory(e):
             raise
         raise MemoryError(f"out of memory on {device}: {cure(run, given, team)}") from None
 

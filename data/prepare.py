@@ -498,6 +498,15 @@ def guarded(main):
         sys.exit(141)
     except (ValueError, OSError, MemoryError) as e:
         sys.exit(f"{os.path.basename(sys.argv[0])}: {e}")
+    except RuntimeError as e:
+        if not out_of_memory(e):
+            raise
+        sys.exit(f"{os.path.basename(sys.argv[0])}: out of memory: fewer or shorter texts, or a smaller model, need less")
+
+
+def out_of_memory(e):
+    """What CUDA, MPS and CPU say of it."""
+    return type(e).__name__ in ("OutOfMemoryError", "MemoryError") or "out of memory" in str(e) or "allocate memory" in str(e)
 
 
 def main():
