@@ -1686,7 +1686,7 @@ def test_no_copies_of_the_whole(data, tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks, argv, words", [
     (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
-    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]), (2, ["--backend=nccl"], ["use gloo"]),
+    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]), (2, ["--device=cuda:1"], ["--device=cuda:1 names one GPU"]),
     (2, ["--init_from=resume", "--block_size=16"], ["--block_size=16 contradicts the checkpoint", "block_size=32"])])
 def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):
     """A global batch silently made smaller, a line from each process, or processes that linger for others."""
@@ -2212,12 +2212,12 @@ train    2  --dropout=nan                                          dropout=nan
 train    2  --vocab_size=5                                         too small
 train    2  --fsdp                                                 torchrun --standalone --nproc_per_node=2 train.py
 train    2  --backend=gloo                                         --backend has no effect
-train    1  --device=mps                                           use --device=cpu
+train    2  --device=mps                                           use --device=cpu
 train    2  --benchmark --eval_only                                leave one out
 train    2  --device=gpu                                           use auto, cpu, cuda
 train    2  --device=meta                                          use auto, cpu, cuda
 train    2  --device=xpu                                           use auto, cpu, cuda
-train    1  --device=cuda:99                                       GPUs
+train    2  --device=cuda:99                                       GPUs
 train    2  --dtype=int8                                           float32, bfloat16
 train    2  --dtype=float16                                        use bfloat16 or float32
 train    2  --compile=maybe                                        auto, True or False

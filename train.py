@@ -624,17 +624,19 @@ def choose_device(name, team):
                      ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() and not team.distributed else
                      ("cpu", f"no {'CUDA ' * team.distributed}GPU is there"))
     device = torch.device(name)
+    if device.index is not None and team.distributed:
+        refuse(f"--device={name} names one GPU, but every process of torchrun takes its own: use --device=cuda")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if team.local_size > count or (device.index or 0) >= count:
-            raise Agreed(f"{team.local_size} processes on this machine, --device={name}, but {count} GPUs: "
-                         f"use --nproc_per_node={max(count, 1)}, or --device=cpu")
+            refuse(f"{team.local_size} processes on this machine, --device={name}, but {count} GPUs: "
+                   f"use --nproc_per_node={max(count, 1)}, or --device=cpu")
         device = torch.device("cuda", team.local_rank if team.distributed else device.index or 0)
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         why += f": {torch.cuda.get_device_name(device)}"
     elif device.type == "mps" and (team.distributed or not torch.backends.mps.is_available()):
-        raise Agreed("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
+        refuse("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
     elif device.type == "cpu":
         why += f", {torch.get_num_threads()} threads"
     return device, why

@@ -484,6 +484,8 @@ def refuse(message):
     """A bad command line: one line, exit code 2."""
     if os.environ.get("RANK", "0") == "0":                                 # the other processes have the same to say
         print(f"{os.path.basename(sys.argv[0])}: {message} (--help lists the flags)", file=sys.stderr)
+    else:
+        time.sleep(1)                                                      # torchrun ends all of them when the first ends
     sys.exit(2)
 
 
