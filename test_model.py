@@ -1686,7 +1686,8 @@ def test_no_copies_of_the_whole(data, tmp_path, ranks):
 
 @pytest.mark.parametrize("ranks, argv, words", [
     (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
-    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]), (2, ["--device=cuda:1"], ["--device=cuda:1 names one GPU"]),
+    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]),
+    (2, ["--device=cuda:1"], ["--device=cuda:1 names one GPU"]),
     (2, ["--init_from=resume", "--block_size=16"], ["--block_size=16 contradicts the checkpoint", "block_size=32"])])
 def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):
     """A global batch silently made smaller, a line from each process, or processes that linger for others."""
