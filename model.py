@@ -402,6 +402,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_x.mul_(scale), grad_weight.mul_(scale), None, None     # in place: the second is as large as wte
 
 
+class Int8(nn.Module):
+    """A matrix (N, K) in int8, with a scale for each row, for decoding on a CPU: a quarter of the bytes to read. Token ids
+    pick rows of it, as in an Embedding; vectors are multiplied with all rows, as in a Linear."""
+
+    def __init__(self, weight, bias=None):
+        super().__init__()
+        scale = weight.detach().float().abs().amax(dim=1).clamp(min=1e-12) / 127
+        self.register_buffer("weight", (weight.detach().float() / scale[:, None]).round().to(torch.int8).contiguous())
+        self.register_buffer("scale", scale.bfloat16())
+        self.bias = bias
+
+    def forward(self, x):
+        if not x.is_floating_point():
+            return self.weight[x] * self.scale[x][..., None]
+        y = torch._weight_int8pack_mm(x.flatten(0, -2).contiguous(), self.weight, self.scale).view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
 class GPT2(nn.Module):
     """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners". Parameters have Hugging Face's names.
     The output projection is the token embedding itself (tied), so there is no lm_head to keep in step with it."""
@@ -446,6 +464,8 @@ class GPT2(nn.Module):
         if targets is None:
             return self.project(x), None
         weight, keep = self.transformer.wte.weight, torch.is_grad_enabled()
+        if isinstance(self.transformer.wte, Int8):
+            return None, F.cross_entropy(self.project(x).float().flatten(0, 1), targets.flatten(), ignore_index=-1)
         return None, LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.flatten(), keep)
 
     def hidden(self, idx, cache=None):
@@ -470,7 +490,8 @@ class GPT2(nn.Module):
 
     def project(self, x):
         """Hidden states (..., C) -> logits (..., V)."""
-        return F.linear(x, self.transformer.wte.weight)
+        wte = self.transformer.wte
+        return wte(x) if isinstance(wte, Int8) else F.linear(x, wte.weight)
 
     def new_cache(self, size=None):
         """An empty key/value cache for `size` tokens (default block_size); a window needs only window_size of them."""
@@ -487,6 +508,14 @@ class GPT2(nn.Module):
             long = p.dim() == 2 and p.size(0) > p.size(1) and p.device.type == "cpu" and p.dtype == torch.float32
             p.data = p.data.t().contiguous().t() if long else p.data.contiguous()
         return self
+
+    def to_int8(self):
+        """Rounds the matrices to int8 in place, for decoding on a CPU; the rest becomes bfloat16."""
+        for module in list(self.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear) or name == "wte":
+                    setattr(module, name, Int8(child.weight, getattr(child, "bias", None)))
+        return self.to(torch.bfloat16)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                  stop_token=None):

@@ -268,6 +268,21 @@ def test_laid_out_for_decoding(flags):
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+@torch.no_grad()
+@every_flag_setting
+def test_int8(flags):
+    model, idx = small_model(**flags), tokens(2, 13)
+    before, exact = model(idx)[0], model(idx, idx)[1]
+    row = model.transformer.wte.weight[5].clone()
+    model.to_int8()
+    after = model(idx)[0].float()
+    assert all(p.dim() == 1 or "wpe" in name for name, p in model.named_parameters())   # no matrix is left as it was
+    assert (row - model.transformer.wte(torch.tensor(5))).abs().max() <= 0.01 * row.abs().max()  # 1/254, and bfloat16
+    assert 0 < ((after - before).std() / before.std()).item() < 0.05
+    assert abs(model(idx, idx)[1].float() - exact) < 0.05
+    assert torch.equal(model.generate(idx, 3, temperature=0)[:, :13], idx)
+
+
 def test_endless_text(monkeypatch):
     """Angles or ring positions that go wrong past block_size, or a cache that grows: 20 times block_size."""
     model, caches = small_model(rope=True, sliding_window=True, gqa=True), []
@@ -2122,7 +2137,7 @@ sample   2  --top_k=-1                                             --top_k=-1
 sample   2  --temperature=-1.0                                     --temperature=-1.0
 sample   2  --num_samples=0                                        --num_samples=0
 sample   2  --max_new_tokens=0                                     --max_new_tokens=0
-sample   2  --dtype=int8                                           --dtype=int8
+sample   2  --dtype=int4                                           --dtype=int4
 sample   2  --seed=18446744073709551616                            --seed=18446744073709551616
 sample   2  --device=gpu                                           --device=gpu
 sample   2  --device=cuda:99                                       --device=cuda:99
