@@ -49,6 +49,7 @@ from model import (
     AttentionHead,
     GPT2Config,
     KVCache,
+    Linear,
     LinearCrossEntropy,
     MultiHeadAttention,
     download,
@@ -259,13 +260,14 @@ def test_a_full_cache_is_refused():
         model(tokens(1, 17))
 
 
-@every_flag_setting
-def test_laid_out_for_decoding(flags):
-    """A matrix that is transposed and not only laid out otherwise, or a checkpoint written from such a model."""
-    model, idx = small_model(**flags), tokens(2, 16)
-    before, logits = {name: p.clone() for name, p in model.named_parameters()}, model(idx)[0]
-    assert_close(model.for_decoding()(idx)[0], logits, 1e-5)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+@pytest.mark.parametrize("rows, bias", [(1, True), (32, False), (33, True)])
+def test_products_with_few_vectors(rows, bias):
+    """oneDNN's product, which is taken only without gradients and for up to 32 vectors, against torch's Linear."""
+    layer, x = Linear(24, 40, bias=bias), torch.randn(rows, 1, 24)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    assert layer(x).requires_grad
+    with torch.no_grad():
+        assert_close(layer(x), expected, 1e-5)
 
 
 @torch.no_grad()
