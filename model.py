@@ -725,7 +725,7 @@ def read_safetensors(path):
         length = int.from_bytes(start, "little")
         brace = f.read(1)
         need(brace == b"{" or not start.startswith((b"PK", b"\x80")), "is a pickle, which could run code: not read")
-        need(brace == b"{" and length <= min(size - 8, 100_000_000),
+        need(brace == b"{" and 0 < length <= min(size - 8, 100_000_000),
              f"is damaged or cut short: its header claims {length:,} bytes, the file has {size:,}")
         try:
             header = json.loads(brace + f.read(length - 1))
@@ -961,4 +961,7 @@ def main():
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        print(f"model.py: {sys.argv[1]} is not understood: the example use takes no flags", file=sys.stderr)
+        sys.exit(2)
     main()

@@ -42,9 +42,9 @@ CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_wind
 
 def read_prompt(given):
     start = given.get("start")
-    if start is None and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+    if start is None and sys.stdin and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
         start = sys.stdin.read()
-    if start and start.startswith("FILE:"):
+    elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
             start = f.read()
     return start or "\n"
@@ -103,7 +103,7 @@ def main():
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):                                 # unknown, or not in this machine or this torch
+    except (RuntimeError, AssertionError):                                 # not in this machine, or not in this torch
         refuse(f"--device={device} is not there: use auto, cpu, cuda, cuda:N or mps")
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])

@@ -3,6 +3,7 @@ Every promise of this project, tried on the CPU without the internet: python -m 
 python -m pytest -m slow for the long ones. A test's docstring names the bug that it would catch.
 """
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import http.server
@@ -711,6 +712,7 @@ def damaged():
         "cut": (lambda raw: raw[:-1], end), "cut header": (lambda raw: raw[:99], "header claims"),
         "longer": (lambda raw: raw + b"1234", "4 bytes that belong to no tensor"),
         "header": (lambda raw: (2**63).to_bytes(8, "little") + raw[8:], "header claims 9,223,372,036,854,775,808"),
+        "no header": (lambda raw: bytes(8) + raw[8:], "header claims 0 bytes"),
         "no JSON": (header(lambda entries: "{no JSON}"), "not JSON"), "list": (header(lambda e: "[1, 2]"), "damaged"),
         "deep": (header(lambda entries: '{"a":' + 10**5 * "[" + 10**5 * "]" + "}"), "not JSON"),
         "not UTF-8": (lambda raw: raw.replace(b"transformer.wte", b"transformer\xffwte"), "not JSON"),
@@ -1376,6 +1378,16 @@ def test_data_larger_than_memory_is_mapped(tmp_path):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 and time.time() - began < 5
 
 
+def test_a_name_is_not_a_path(data, tmp_path, monkeypatch):
+    """A folder of notes that is called like the data set made of them, and is taken for it; or a path that is not."""
+    monkeypatch.setattr(train, "DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(tmp_path)
+    for folder in (tmp_path / "set", tmp_path / "data/set", tmp_path / "other"):
+        shutil.copytree(data, folder)
+    for name, folder in {"set": tmp_path / "data/set", "./set": "./set", "other": "other", data: data}.items():
+        assert train.find_data(name)[0] == str(folder)
+
+
 def test_prepare_leaves_other_files_alone(tmp_path, capsys):
     """A data set prepared over a folder that holds something else, which is then lost."""
     (tmp_path / "mine").mkdir()
@@ -1486,17 +1498,46 @@ def test_what_a_run_leaves(straight, tmp_path, capsys):
     shutil.copytree(straight / "whole", odd := tmp_path / "a<b>&\"c'")
     code, out, _ = here(capsys, "train", f"--plot={odd},{straight / 'whole'}")
     assert code == 0 and out.strip() == str(odd / "loss.svg")
+    for wrong in ('{"step": 5, "loss": "1.0"}', '{"step": 5, "loss": NaN}', '{"step": 5, "val_loss": [1]}', '[1]', '{"step'):
+        with open(odd / "metrics.jsonl", "a") as f:
+            f.write(wrong + "\n")
+    assert here(capsys, "train", f"--plot={odd}")[0] == 0 and "nan" not in (odd / "loss.svg").read_text()
+    (tmp_path / "metrics.jsonl").write_text(wrong)
+    one_line(here(capsys, "train", f"--out_dir={tmp_path}", "--plot")[2], "holds no losses to draw: train first")
     for path in (odd, straight / "whole"):
         assert xml.etree.ElementTree.parse(path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_eval_only_and_best_only(straight, tmp_path):
-    """--eval_only that trains or writes; --always_save_checkpoint=False that keeps a model which is not the best."""
+def test_looking_changes_nothing(straight, tmp_path):
+    """--eval_only that trains, writes, or measures something else than the evaluation during training."""
     out = resume(straight, tmp_path / "a", "--eval_only").out
     assert f"{next(r['val_loss'] for r in curve(tmp_path / 'a') if r['step'] == 3 and 'val_loss' in r):.4f}" in out
     assert curve(tmp_path / "a") == curve(straight / "cut")
-    resume(straight, tmp_path / "b", "--always_save_checkpoint=False", "--learning_rate=1", "--min_lr=1")
-    assert len(curve(tmp_path / "b")) == 13 and train.load_state(str(tmp_path / "b"))["step"] == 3
+
+
+@pytest.mark.parametrize("worse", [True, False])
+def test_best_only(straight, tmp_path, worse):
+    """--always_save_checkpoint=False that loses the best model, or at Ctrl-C what came after it."""
+    only = ["--always_save_checkpoint=False", *worse * ["--learning_rate=1", "--min_lr=1"]]
+    resume(straight, tmp_path / "whole", *only)
+    resume(straight, out := tmp_path / "cut", *only, before=partial(at_step, 4, signal.SIGTERM), code=143)
+    done = run("train", *flags(out_dir=out), "--init_from=resume", *only, before=partial(at_step, 5, signal.SIGTERM), code=143)
+    assert f"stopped at step 5, saved in {out}/stopped; the best checkpoint, of step 3, stays in {out}." in done.out
+    assert [train.load_state(str(folder))["step"] for folder in (out, out / "stopped")] == [3, 5]
+    run("train", *flags(out_dir=out), "--init_from=auto", *only)
+    same_run(out, tmp_path / "whole")
+    assert train.load_state(str(out))["step"] == (3 if worse else 9) and (out / "stopped").exists() == worse
+
+
+def test_no_step_is_better(data, straight, tmp_path):
+    """A fine-tuning run that only made it worse, and leaves nothing; or one that cannot go on from its step 0."""
+    how = dict(dataset=data, out_dir=tmp_path, learning_rate=1, min_lr=1, init_from=straight / "whole")
+    done = run("train", *flags(**how), "--always_save_checkpoint=False")
+    assert f"no step made the validation loss lower: the checkpoint in {tmp_path} is the model" in done.out
+    weights = (straight / "whole/model.safetensors", tmp_path / "model.safetensors")
+    assert all(map(torch.equal, *(load_file(path).values() for path in weights)))
+    done = run("train", *flags(out_dir=tmp_path, learning_rate=1e-5), "--init_from=resume")
+    assert "moved to" not in done.out and [r["step"] for r in curve(tmp_path)] == [0, 1, 2, 3, 3, 4, 5, 6, 6, 7, 8, 9, 9]
 
 
 @pytest.mark.parametrize("eval_interval", [100, 1])                        # the step fails, or the evaluation after it
@@ -1514,7 +1555,7 @@ def test_signals(data, straight, tmp_path, number, code):
     """Work lost at Ctrl-C or when a cluster takes the machine back."""
     out = tmp_path / "a folder"
     done = run("train", *flags(dataset=data, dropout=0.1, out_dir=out), before=partial(at_step, 5, number), code=code)
-    assert "stopped at step 5; the checkpoint in" in done.out and not done.err
+    assert f"stopped at step 5, saved in {out}. Go on with" in done.out and not done.err
     assert done.out.splitlines()[-1].strip() == f"python train.py --init_from=resume --out_dir='{out}'"
     assert len(curve(out)) == 2 + 5 and train.load_state(str(out))["step"] == 5
     run("train", "--init_from=resume", f"--out_dir={out}", "--device=cpu")
@@ -1614,10 +1655,60 @@ def test_fsdp_holds_its_share(data, tmp_path, ranks):
     assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
 
 
-def test_accumulation_that_does_not_divide(data, tmp_path):
-    """A global batch silently made smaller, or an error without a number that works."""
-    err = run("train", *flags(dataset=data, out_dir=tmp_path / "out"), ranks=3, code=2).err
-    one_line(err, "--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2")
+def watch_memory(folder):
+    """weigh, and writes down by how much the process grows while weights are loaded and while a checkpoint is saved.
+    The pages of a mapped file do not count: they are the disk cache's, one copy however many processes read them."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 18)                                 # what is freed shall be given back at once
+    weigh(folder)
+    phase, first, peak = "start", {}, Counter()
+
+    def look():
+        held = int(re.search(r"RssAnon:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+        peak[phase] = max(peak[phase], held - first.setdefault(phase, held))
+
+    def entering(name, function):
+        def entered(*args):
+            nonlocal phase
+            phase = name
+            look()
+            result = function(*args)
+            pathlib.Path(folder, "grown" + os.environ["RANK"]).write_text(json.dumps(peak))
+            return result
+        return entered
+    train.choose_model = entering("load", train.choose_model)
+    train.Team.wrap = entering("train", train.Team.wrap)
+    train.save = entering("save", train.save)
+    threading.Thread(target=lambda: [look() for _ in iter(lambda: time.sleep(0.001), 0)], daemon=True).start()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_no_copies_of_the_whole(data, tmp_path, ranks):
+    """Loading under FSDP that builds the whole model or optimizer, or a save that gathers it, in every process."""
+    config = GPT2Config(n_layer=8, n_head=8, n_embd=512, block_size=64, vocab_size=prepare.Tokenizer.load(data).vocab_size)
+    GPT2(config, seed=0).save_pretrained(tmp_path / "weights")
+    shutil.copy(f"{data}/meta.json", tmp_path / "weights")
+    whole = os.path.getsize(tmp_path / "weights/model.safetensors")
+    argv = dict(dataset=data, out_dir=tmp_path / "out", init_from=tmp_path / "weights", device="cpu", always_save_checkpoint=True,
+                max_iters=1, batch_size=1, gradient_accumulation_steps=ranks, eval_iters=1)
+    argv = ["--fsdp", *(f"--{name}={value}" for name, value in argv.items())]
+    run("train", *argv, ranks=ranks, before=partial(watch_memory, tmp_path))
+    grown = [json.loads((tmp_path / f"grown{rank}").read_text()) for rank in range(ranks)]
+    load, save = (sum(g[phase] for g in grown) / whole for phase in ("load", "save"))
+    held = [int((tmp_path / str(rank)).read_text()) / whole for rank in range(ranks)]
+    print(f"{ranks} processes: {load:.2f} times the weights to load, {save:.2f} to save, {max(held):.2f} in a step")
+    assert load < 1.3 and save < 3                                         # to save, one process has both moments whole
+    assert max(held) < 4.4 / ranks
+
+
+@pytest.mark.parametrize("ranks, argv, words", [
+    (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
+    (2, ["--backend=foo"], ["--backend=foo does not serve cpu: use gloo"]), (2, ["--backend=nccl"], ["use gloo"]),
+    (2, ["--init_from=resume", "--block_size=16"], ["--block_size=16 contradicts the checkpoint", "block_size=32"])])
+def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):
+    """A global batch silently made smaller, a line from each process, or processes that linger for others."""
+    out = straight / "whole" if "--init_from=resume" in argv else tmp_path / "out"
+    one_line(run("train", *flags(dataset=data, out_dir=out), *argv, ranks=ranks, code=2, timeout=20).err, *words)
 
 
 def test_ranks_that_see_other_things(data, tmp_path):
@@ -1690,10 +1781,14 @@ def test_a_dead_rank_is_restarted(data, alone, tmp_path, monkeypatch, mode, node
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--fsdp"]])
-def test_two_nodes(data, alone, tmp_path, mode):
-    """What only shows with two torchrun agents: ranks and local ranks taken for each other."""
-    options, argv = rendezvous(), [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
-    for agent in [torchrun(*argv, options=options, tmp=tmp_path) for _ in range(2)]:
+@pytest.mark.parametrize("static", [True, False])
+def test_two_nodes(data, alone, tmp_path, mode, static):
+    """What only shows with two torchrun agents, by the README's line (static) or c10d: ranks taken for local ranks."""
+    argv = [*flags(dataset=data, out_dir=tmp_path / "out"), *mode]
+    line = re.search(r"^torchrun (--nnodes=2 .*) train\.py", (HERE / "README.md").read_text(), re.MULTILINE)[1]
+    line = line.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
+    nodes = [line.replace("=N", f"={node}").split() for node in range(2)] if static else [rendezvous()] * 2
+    for agent in [torchrun(*argv, options=options, tmp=tmp_path) for options in nodes]:
         out, _ = agent.communicate(timeout=180)
         assert agent.returncode == 0, out
     agree(tmp_path / "out", alone / "plain")
@@ -1752,13 +1847,16 @@ class Watched:
 
 def at_disk_call(n, act, calls=None):
     """To be called in a process before train.main: the n-th time that the save of step 6 turns to the disk, it is
-    killed ("kill") or finds the disk full ("full"). `calls`: a file to write the calls' names to."""
+    killed ("kill"), finds the disk full ("full") or from then on read-only ("sealed"). `calls`: a file for the names of
+    the calls."""
     import model
     names, on = [], []
 
     def due(name, first=lambda: None):
         if on:
             names.append(name)
+            if act == "sealed" and len(names) >= n:
+                raise OSError(30, "Read-only file system")
             if len(names) == n:
                 first()
                 if act == "kill":
@@ -1784,10 +1882,10 @@ def at_disk_call(n, act, calls=None):
     train.save = save
 
 
-@pytest.mark.parametrize("act", ["kill", "full"])
+@pytest.mark.parametrize("act", ["kill", "full", "sealed"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_no_save_loses_anything(straight, tmp_path, act, every):
-    """A moment in a save at which a kill or a full disk leaves no checkpoint, or files of two steps."""
+    """A moment in a save at which a kill, or a disk that is full or read-only, leaves no checkpoint, or one of two steps."""
     resume(straight, tmp_path / "counted", before=partial(at_disk_call, 0, "none", tmp_path / "calls"))
     same_run(tmp_path / "counted", straight / "whole")
     names = (tmp_path / "calls").read_text().split()
@@ -1803,9 +1901,9 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
             done = finish(processes)
             if act == "kill":
                 assert done.codes == [-9], (i, names[i], done.err)
-            elif names[i] != "link":                                       # where there are no links, files are moved
+            elif act == "sealed" or names[i] != "link":                    # where there are no links, files are moved
                 assert done.codes == [1], (i, names[i], done.err)
-                one_line(done.err, "step 6 cannot be saved in", "No space left" if names[i] != "write" else "")
+                one_line(done.err, "step 6 cannot be saved in", "Read-only" if act == "sealed" else "No space left")
         started = [start("train", *flags(out_dir=out), "--init_from=auto") for out in outs.values()]
         for i, processes in zip(outs, started, strict=True):
             done = finish(processes)
@@ -1815,14 +1913,17 @@ def test_no_save_loses_anything(straight, tmp_path, act, every):
     print(f"{act}: {len(numbers)} moments in a save of {len(names)} calls")
 
 
-SAVING = ["checkpoint of step 6 cannot be saved in", "the one before it is untouched"]
+SAVING = ["checkpoint of step 6 cannot be saved in", "File too large; the one before it is untouched"]
+METRICS = ["metrics.jsonl cannot be written"]
 
 
-@pytest.mark.parametrize("size, words", [(50_000, SAVING), (150_000, SAVING), (900, ["metrics.jsonl cannot be written"])])
-def test_disk_full(straight, tmp_path, size, words):
-    """A traceback, or the good checkpoint lost, where the weights, the state or the metrics cannot grow any further."""
+@pytest.mark.parametrize("size, ranks, words", [(50_000, 0, SAVING), (150_000, 0, SAVING), (150_000, 2, SAVING),
+                                                (900, 0, METRICS), (900, 2, METRICS)])
+def test_disk_full(straight, tmp_path, size, ranks, words):
+    """A traceback, of one process or of those that wait for it, or the good checkpoint lost, where the weights, the
+    state or the metrics cannot grow any further."""
     limit = partial(files_up_to, size)
-    done = resume(straight, tmp_path / "out", before=limit, code=1)
+    done = resume(straight, tmp_path / "out", before=limit, code=1, ranks=ranks)
     one_line(done.err, *words)
     assert contents(tmp_path / "out") == contents(straight / "cut") and not (tmp_path / "out/.saving").exists()
     run("train", *flags(out_dir=tmp_path / "out"), "--init_from=auto")
@@ -2014,11 +2115,21 @@ def test_ctrl_c_while_sampling(straight):
     assert done.err == "" and done.out.startswith("a") and "tokens per second" not in done.out
 
 
+def test_prompts(tmp_path, monkeypatch):
+    """A piped text that is taken for a file's name, or a traceback where there is no standard input (<&-)."""
+    (tmp_path / "prompt").write_text("FILE:b")
+    with open(tmp_path / "prompt") as f:
+        monkeypatch.setattr(sys, "stdin", f)
+        assert sample.read_prompt({}) == "FILE:b"
+    monkeypatch.setattr(sys, "stdin", None)
+    assert sample.read_prompt({}) == "\n" and sample.read_prompt({"start": f"FILE:{tmp_path}/prompt"}) == "FILE:b"
+
+
 def test_as_typed(straight, tmp_path):
     """What works only in the tests' own process: a piped prompt, a reader that leaves, a run from another folder."""
     script, out = f"{sys.executable} {HERE}/", f"--out_dir={straight / 'whole'} --device=cpu"
     lines = [f"printf 'ab c' | {script}sample.py {out} --max_new_tokens=5", f"{script}sample.py {out} | head -c 9",
-             f"{script}train.py --out_dri=x", f"{script}data/prepare.py"]
+             f"{script}train.py --out_dri=x", f"{script}data/prepare.py", f"{script}model.py --foo"]
     how = dict(cwd=tmp_path, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen(["bash", "-c", line], **how) for line in lines]
     (piped, no_err), (begun, no_err2), *wrong = [p.communicate(timeout=120) for p in processes]
@@ -2026,7 +2137,8 @@ def test_as_typed(straight, tmp_path):
     assert begun[0] == "\n" and len(begun) == 9 and no_err == no_err2 == ""
     one_line(wrong[0][1], "did you mean --out_dir")
     one_line(wrong[1][1], "say what to prepare")
-    assert [p.returncode for p in processes[2:]] == [2, 2]
+    one_line(wrong[2][1], "model.py: --foo is not understood")
+    assert [p.returncode for p in processes[2:]] == [2, 2, 2]
     assert not os.listdir(tmp_path)
 
 
@@ -2038,10 +2150,10 @@ def test_as_typed(straight, tmp_path):
 def bad(data, straight, tmp_path_factory):
     """Files and folders of which each has something wrong."""
     tmp = tmp_path_factory.mktemp("bad")
-    for name in ("empty", "nanogpt", "half", "wide", "pickle", "short", "bpe", "nometa"):
+    for name in ("empty", "nanogpt", "half", "wide", "counts", "pickle", "short", "bpe", "nometa"):
         (tmp / name).mkdir()
     tokens = read_bin(data, "train")
-    for name in ("nanogpt", "half", "wide"):
+    for name in ("nanogpt", "half", "wide", "counts"):
         for split in ("train", "val"):
             shutil.copy(f"{data}/{split}.bin", tmp / name)
     (tmp / "nanogpt/meta.pkl").write_bytes(b"")
@@ -2055,6 +2167,7 @@ def bad(data, straight, tmp_path_factory):
     (tmp / "pickle/model.safetensors").write_bytes(pickle.dumps(list(range(9))))
     (tmp / "short/model.safetensors").write_bytes((tmp / "short/model.safetensors").read_bytes()[:-9])
     (tmp / "bpe/meta.json").write_text('{"tokenizer": "gpt2"}')
+    (tmp / "counts/meta.json").write_text('{"tokenizer": "gpt2", "tokens": 5}')
     (tmp / "nometa/meta.json").unlink()
     packed = gzip.compress(random.Random(0).randbytes(99999).hex().encode())
     for name, content in {"file": b"", "text": TEXT.encode(), "late": b"a" * 99999 + b"\xff", "cut.gz": packed[:-9],
@@ -2088,6 +2201,7 @@ def test_flags(capsys):
 BAD = """
 train    2  --n_layr=2                                             did you mean --n_layer?
 train    2  --zzz                                                  there is no flag --zzz
+train    2  --tokenizer                                            there is no flag --tokenizer (
 train    2  --n_layer=two                                          --n_layer: invalid int value: 'two'
 train    2  --rope=maybe                                           neither True nor False
 train    2  config/train_gpt2.py                                   config files are not run
@@ -2103,7 +2217,11 @@ train    2  --dropout=nan                                          dropout=nan
 train    2  --vocab_size=5                                         too small
 train    2  --fsdp                                                 torchrun --standalone --nproc_per_node=2 train.py
 train    2  --backend=gloo                                         --backend has no effect
+train    1  --device=mps                                           use --device=cpu
+train    2  --benchmark --eval_only                                leave one out
 train    2  --device=gpu                                           use auto, cpu, cuda
+train    2  --device=meta                                          use auto, cpu, cuda
+train    2  --device=xpu                                           use auto, cpu, cuda
 train    1  --device=cuda:99                                       GPUs
 train    2  --dtype=int8                                           float32, bfloat16
 train    2  --dtype=float16                                        use bfloat16 or float32
@@ -2118,6 +2236,7 @@ train    2  --decay_lr=False                                       no effect wit
 train    1  --dataset=nowhere                                      python data/prepare.py PATH... --name=nowhere
 train    1  --dataset={bad}/empty                                  no train.bin
 train    1  --dataset={bad}/nanogpt                                meta.pkl, a pickle
+train    1  --dataset={bad}/counts                                 counts/meta.json is damaged: its tokens
 train    1  --dataset={bad}/half                                   half written
 train    1  --dataset={bad}/wide                                   token 999, beyond the vocabulary
 train    1  --block_size=512                                       smaller --block_size
@@ -2132,7 +2251,9 @@ train    1  --init_from={bad}/pickle                               could run cod
 train    1  --init_from={bad}/short                                cut short
 train    1  --init_from={bad}/bpe                                  choose or prepare one with its tokenizer
 train    1  --out_dir={bad}/file                                   file
-train    1  --plot={bad}/empty                                     train first
+train    1  --wandb                                                --wandb cannot begin: division by zero
+train    2  --out_dir=                                             --out_dir is empty
+train    2  --plot={bad}/empty                                     has no effect with --plot
 sample   2  --strat=x                                              did you mean --start?
 sample   2  --top_p=0.0                                            --top_p=0.0
 sample   2  --top_k=-1                                             --top_k=-1
@@ -2142,6 +2263,8 @@ sample   2  --max_new_tokens=0                                     --max_new_tok
 sample   2  --dtype=int4                                           --dtype=int4
 sample   2  --seed=18446744073709551616                            --seed=18446744073709551616
 sample   2  --device=gpu                                           --device=gpu
+sample   2  --device=meta                                          use auto, cpu, cuda
+sample   2  --init_from=                                           --init_from is empty
 sample   2  --device=cuda:99                                       --device=cuda:99
 sample   2  --temperature=0 --top_k=5                              no effect at --temperature=0
 sample   2  --stop_at_eot                                          no end-of-text
@@ -2190,6 +2313,7 @@ def test_bad_input(data, straight, tmp_path, bad, capsys, monkeypatch, script, c
         monkeypatch.setenv(name, str(value))
     monkeypatch.setattr(prepare, "gpt2_bpe", prepare.gpt2_bpe.__wrapped__)
     monkeypatch.setattr("tiktoken.registry.ENCODINGS", {})
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **how: 1 / 0))
     monkeypatch.setattr(time, "sleep", lambda seconds: None)               # between attempts to download
     monkeypatch.setattr(prepare, "DATA", str(bad))
     monkeypatch.setattr(train, "DATA", str(bad))

@@ -115,7 +115,9 @@ class Team:
     def join(self, device, backend):
         """Small messages travel over gloo, tensors over `backend`; a wait may last as long as a download."""
         if self.distributed:
-            backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+            known = ("nccl", "gloo") if device.type == "cuda" else ("gloo",)
+            if (backend := backend or known[0]) not in known:
+                refuse(f"--backend={backend} does not serve {device.type}: use {' or '.join(known)}")
             backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend
             # A restart by torchrun finds the store as the dead processes left it, with their addresses (pytorch's issue
             # 135712), so each attempt writes under its own number; with several machines their counts may differ.
@@ -301,7 +303,9 @@ class Order(DistributedSampler):
 
 def find_data(name):
     """-> (folder, {"train": [paths], "val": [paths]}) of a data set that has been prepared."""
-    folder = name if os.path.isdir(name) else os.path.join(DATA, name)
+    folder = os.path.join(DATA, name)                                      # a bare name means what was prepared under it
+    if os.path.isdir(name) and (os.path.dirname(name) or not glob.glob(os.path.join(glob.escape(folder), "*.bin"))):
+        folder = name
     found = {split: sorted(glob.glob(os.path.join(glob.escape(folder), f"*{split}*.bin"))) for split in ("train", "val")}
     for split, paths in found.items():
         if not paths:
@@ -314,9 +318,12 @@ def token_counts(folder):
     """What meta.json says of the token files, {} if nothing."""
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
-            return json.load(f).get("tokens", {})
+            counts = json.load(f).get("tokens", {})
     except FileNotFoundError:
         return {}
+    if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+        raise ValueError(f"{f.name} is damaged: its tokens are no numbers, a split each: prepare the data anew")
+    return counts
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -345,6 +352,7 @@ def settle(out_dir):
                 except OSError:
                     os.replace(here, old)
             os.replace(new, here)
+    shutil.rmtree(os.path.join(out_dir, "stopped"), ignore_errors=True)    # it was of an earlier step
     os.rmdir(saved)
 
 
@@ -352,13 +360,15 @@ def set_aside(out_dir):
     """Moves the run that a new one would write over to out_dir/previous_run -> that folder, None if there is no run.
     The training state goes first, so that half of a checkpoint is never resumed; the weights last, so that what a kill
     interrupted goes on next time."""
-    if os.path.isdir(out_dir):
-        settle(out_dir)
+    settle(out_dir)
     if not os.path.exists(os.path.join(out_dir, "model.safetensors")):
         return None
     kept = os.path.join(out_dir, "previous_run")
+    if os.path.exists(os.path.join(out_dir, "training_state.pt")):         # nothing has been moved yet
+        shutil.rmtree(kept, ignore_errors=True)
     os.makedirs(kept, exist_ok=True)
-    for name in ("training_state.pt", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous", "model.safetensors"):
+    for name in ("training_state.pt", "stopped", "config.json", "meta.json", "metrics.jsonl", "loss.svg", "previous",
+                 "model.safetensors"):
         if os.path.exists(os.path.join(out_dir, name)):
             shutil.rmtree(os.path.join(kept, name), ignore_errors=True)    # a folder cannot be written over
             os.replace(os.path.join(out_dir, name), os.path.join(kept, name))
@@ -395,9 +405,10 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
     def attempt(work):
         try:
             work()
-        except (OSError, RuntimeError) as e:                               # torch.save reports a full disk as RuntimeError
+        except (OSError, RuntimeError) as e:                               # torch.save buries the disk's error in its own
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"the checkpoint of step {state['step']} cannot be saved in {out_dir}: {e}; "
+            reason = isinstance(e, RuntimeError) and e.__context__ or e
+            raise OSError(f"the checkpoint of step {state['step']} cannot be saved in {out_dir}: {reason}; "
                           "the one before it is untouched") from None
         finally:
             for _ in tensors:                                              # the other processes are gathering too
@@ -409,6 +420,14 @@ def save(team, out_dir, config, parameters, optimizer, tokenizer, state):
         if team.chief:
             moments[name] = whole
     team.agree(lambda: attempt(write_state if team.chief else lambda: None))
+
+
+def latest(run):
+    """The folder that a run goes on from. With --always_save_checkpoint=False out_dir holds the best checkpoint, and what
+    an interruption cut short lies in out_dir/stopped; who only looks at the model looks at the best."""
+    stopped = os.path.join(run.out_dir, "stopped")
+    ahead = os.path.exists(os.path.join(stopped, "training_state.pt")) and not (run.eval_only or run.benchmark)
+    return stopped if ahead else run.out_dir
 
 
 def load_state(out_dir):
@@ -454,22 +473,27 @@ class Log:
     """metrics.jsonl, one aligned line a step on the screen, and TensorBoard or Weights & Biases if asked for."""
 
     def __init__(self, run, config, step):
+        """step: of the checkpoint that the run goes on from, or None."""
         self.run, self.path = run, os.path.join(run.out_dir, "metrics.jsonl")
         self.live, self.width = sys.stdout.isatty(), 0
-        os.makedirs(run.out_dir, exist_ok=True)
-        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step else []
-        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
-            f.writelines(line + "\n" for line in kept)
-        os.replace(self.path + ".part", self.path)
-        self.file, self.sinks = open(self.path, "ab", buffering=0), []     # nothing is left to be flushed later
+        self.sinks = []
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
+            writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step or 0)
             self.sinks.append(lambda r: [writer.add_scalar(k, v, r["step"]) for k, v in r.items() if k != "step"])
         if run.wandb:
             import wandb
-            wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
+            try:
+                wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
+            except Exception as e:                                         # of its own kinds
+                raise ValueError(f"--wandb cannot begin: {e}") from None
             self.sinks.append(lambda r: wandb.log(r, step=r["step"]))
+        os.makedirs(run.out_dir, exist_ok=True)
+        kept = [json.dumps(record) for record in read_metrics(run.out_dir) if record["step"] <= step] if step is not None else []
+        with open(self.path + ".part", "w") as f:                          # what came after the checkpoint comes again
+            f.writelines(line + "\n" for line in kept)
+        os.replace(self.path + ".part", self.path)
+        self.file = open(self.path, "ab", buffering=0)                     # nothing is left to be flushed later
 
     def record(self, **values):
         line = (json.dumps(values) + "\n").encode()
@@ -493,16 +517,16 @@ class Log:
 
 
 def read_metrics(out_dir):
-    """The records of metrics.jsonl; a line cut short by a crash is passed over."""
+    """The records of metrics.jsonl; a line cut short by a crash, or not of numbers, is passed over."""
     records, path = [], os.path.join(out_dir, "metrics.jsonl")
     if os.path.exists(path):
         with open(path, encoding="utf-8", errors="replace") as f:
             for line in f:
                 try:
                     record = json.loads(line)
-                    if isinstance(record, dict) and isinstance(record.get("step"), int):
+                    if isinstance(record["step"], int) and all(type(v) in (int, float) for v in record.values()):
                         records.append(record)
-                except ValueError:
+                except (ValueError, TypeError, KeyError, RecursionError):
                     pass
     return records
 
@@ -540,8 +564,8 @@ def plot(out_dirs, path, over="step"):
     curves = []
     for i, out_dir in enumerate(out_dirs):
         records, color = read_metrics(out_dir), colors[i % len(colors)]
-        train = [(r[over], r["loss"]) for r in records if "loss" in r]
-        val = [(r[over], r["val_loss"]) for r in records if "val_loss" in r]
+        train, val = ([(r[over], r[name]) for r in records if math.isfinite(r.get(name, math.inf))]
+                      for name in ("loss", "val_loss"))
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
         curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
@@ -595,11 +619,9 @@ def choose_device(name, team):
     why = "as asked"
     if name == "auto":
         name, why = (("cuda", "a GPU is there") if torch.cuda.is_available() else
-                     ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() else ("cpu", "no GPU is there"))
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        refuse(f"--device={name} is not known: use auto, cpu, cuda, cuda:N or mps")
+                     ("mps", "Apple's GPU is there") if torch.backends.mps.is_available() and not team.distributed else
+                     ("cpu", f"no {'CUDA ' * team.distributed}GPU is there"))
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if team.local_size > count or (device.index or 0) >= count:
@@ -609,8 +631,8 @@ def choose_device(name, team):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = "tf32"
         why += f": {torch.cuda.get_device_name(device)}"
-    elif device.type == "mps" and not torch.backends.mps.is_available():
-        raise Agreed("--device=mps, but there is no Apple GPU here: use --device=cpu")
+    elif device.type == "mps" and (team.distributed or not torch.backends.mps.is_available()):
+        raise Agreed("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
     elif device.type == "cpu":
         why += f", {torch.get_num_threads()} threads"
         # glibc gives large freed blocks back to the system, which the next step then pays for, page by page: 7 % of a step
@@ -678,6 +700,8 @@ def check(run, given, team):
     if not run.decay_lr:
         for name in given.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"}:
             refuse(f"--{name} has no effect without --decay_lr")
+    if run.benchmark and run.eval_only:
+        refuse("--benchmark times training steps, --eval_only makes none: leave one out")
     if run.eval_stride and not run.eval_only:
         refuse("--eval_stride has no effect without --eval_only")
     G, R = run.gradient_accumulation_steps, team.size
@@ -703,7 +727,8 @@ def choose_run(given, team):
     run, state = Run(**given), None
     if run.init_from in ("resume", "auto"):
         looking = run.eval_only or run.benchmark                           # perhaps at a run that is saving right now
-        team.agree(lambda: settle(run.out_dir) if team.chief and os.path.isdir(run.out_dir) and not looking else None)
+        folders = [] if looking or not team.chief else [run.out_dir, os.path.join(run.out_dir, "stopped")]
+        team.agree(lambda: [settle(folder) for folder in folders])
         there = os.path.exists(os.path.join(run.out_dir, "training_state.pt"))
         team.same(f"is there a checkpoint in {run.out_dir}, which all machines must share", there)
         if run.init_from == "resume" and not there:
@@ -713,7 +738,7 @@ def choose_run(given, team):
     elif run.init_from != "scratch" and run.init_from not in SIZES and not os.path.isdir(run.init_from):
         refuse(f"--init_from={run.init_from} is neither scratch, resume, auto, one of {', '.join(SIZES)}, nor a folder")
     if given.get("init_from") == "resume":
-        state = team.agree(lambda: load_state(run.out_dir))
+        state = team.agree(lambda: load_state(latest(run)))
         team.same(f"the step of the checkpoint in {run.out_dir}, which all machines must share", state["step"])
         saved = {k: v for k, v in state["run"].items() if k in RUN}
         for name in ("dataset", "seed"):
@@ -729,7 +754,7 @@ def choose_run(given, team):
 def choose_model(run, given, team, tokenizer):
     """-> (config, weights or None for new ones)."""
     shape = {k: v for k, v in given.items() if k in SHAPE}
-    source = run.out_dir if run.init_from == "resume" else run.init_from
+    source = latest(run) if run.init_from == "resume" else run.init_from
     if source == "scratch":
         if shape.setdefault("vocab_size", tokenizer.vocab_size) < tokenizer.vocab_size:
             refuse(f"--vocab_size={shape['vocab_size']} is too small for the data's {tokenizer.vocab_size}")
@@ -940,9 +965,10 @@ def fit(team, given, run, state, device, why_device):
               {"params": [p for p in parameters.values() if p.dim() < 2], "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
                                   fused=device.type in ("cpu", "cuda"))
-    step, consumed, best, evaluated = 0, 0, math.inf, None
+    step, consumed, best, best_step, evaluated, saved_step = 0, 0, math.inf, None, None, None
     if state:
         step, consumed, best, evaluated = (state[k] for k in ("step", "windows", "best_val_loss", "evaluated"))
+        saved_step, best_step = step, state.get("best_step", step)
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
         if state["scaler"]:                                                # empty if that run was not in float16
             scaler.load_state_dict(state["scaler"])
@@ -1021,39 +1047,44 @@ def fit(team, given, run, state, device, why_device):
     where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
-    if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
+    if saved_step is None and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
         team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
-    log = team.agree(lambda: Log(run, config, step) if team.chief else None)
+    log = team.agree(lambda: Log(run, config, saved_step) if team.chief else None)
 
-    def checkpoint():
-        save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
-            "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
+    def record(**values):
+        team.agree(lambda: log.record(step=step, tokens=consumed * T, **values) if team.chief else None)
+
+    def checkpoint(folder):
+        save(team, folder, config, parameters, optimizer, tokenizer, {
+            "step": step, "windows": consumed, "best_val_loss": best, "best_step": best_step, "evaluated": evaluated,
+            "scaler": scaler.state_dict(),
             "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
     def not_finite(what, unharmed):
         return Agreed(f"the {what} is not finite, at learning rate {lr:.3g}: stopped, {unharmed}. "
-                      + (f"The last checkpoint, of step {saved_step}, is in {run.out_dir}: go on with a lower rate, "
-                         f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step else
+                      + (f"The last checkpoint, of step {saved_step}, is in {latest(run)}: go on with a lower rate, "
+                         f"{again} --learning_rate={run.learning_rate / 2:g}" if saved_step is not None else
                          "There is no checkpoint yet: start again with a lower --learning_rate"))
 
-    signals, saved_step, lr = catch_signals(), step or None, learning_rate(run, max(step - 1, 0))
+    signals, lr = catch_signals(), learning_rate(run, max(step - 1, 0))
     peak, flops = peak_flops(device, dtype), 3 * config.flops_per_token()
     began = last_logged = time.time()
     first_step = logged_step = step
     while True:
         if (step % run.eval_interval == 0 or step == run.max_iters) and evaluated != step:
             paused, losses = time.time(), losses_now()
-            better = losses["val_loss"] < best
-            best, evaluated = min(best, losses["val_loss"]), step
+            evaluated, better = step, losses["val_loss"] < best
+            if better:
+                best, best_step = losses["val_loss"], step
             if not all(map(math.isfinite, losses.values())):
                 raise not_finite(f"evaluated loss after step {step}", "nothing was saved")
+            record(**losses)
             if team.chief:
-                log.record(step=step, tokens=consumed * T, **losses)
                 log.line(f"--- step {step:,}: train loss {losses['train_loss']:.4f}, validation loss {losses['val_loss']:.4f}"
                          + (" (best)" if better else ""))
-            if step > first_step and (better or run.always_save_checkpoint):
-                saved_step = checkpoint()
+            if step > first_step if run.always_save_checkpoint else better:
+                saved_step = checkpoint(run.out_dir)
             last_logged += time.time() - paused                            # neither counts as training time
         if step == run.max_iters or signals.stopped:
             break
@@ -1069,28 +1100,33 @@ def fit(team, given, run, state, device, why_device):
         step, consumed = step + 1, consumed + windows_per_step
         signals.stopped = (130 if interrupted else 143) if interrupted or terminated else 0
 
+        now, due = time.time(), step % run.log_interval == 0 or step in (first_step + 1, run.max_iters)
+        speed, mem = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9), memory(device)
+        mfu = speed * flops / (peak * team.size) if peak else None
+        if due:
+            record(loss=loss, lr=lr, grad_norm=norm, tokens_per_second=round(speed, 1), memory=mem,
+                   **({"mfu": mfu} if mfu else {}))
+            last_logged, logged_step = time.time(), step
         if team.chief:
-            now, due = time.time(), step % run.log_interval == 0 or step in (first_step + 1, run.max_iters)
-            speed = (step - logged_step) * windows_per_step * T / max(now - last_logged, 1e-9)
-            mfu = speed * flops / (peak * team.size) if peak else None
             left = (run.max_iters - step) * (now - began) / (step - first_step)
             log.line(f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  lr {lr:.1e}  "
                      f"norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left" + (f"  mfu {mfu:.1%}" if mfu else "")
-                     + (f"  {mem / 1e9:.2f} GB" if (mem := memory(device)) else ""), stay=due)
-            if due:
-                log.record(step=step, tokens=consumed * T, loss=loss, lr=lr, grad_norm=norm,
-                           tokens_per_second=round(speed, 1), memory=mem, **({"mfu": mfu} if mfu else {}))
-                last_logged, logged_step = time.time(), step
+                     + (f"  {mem / 1e9:.2f} GB" if mem else ""), stay=due)
 
     if signals.stopped:
-        if saved_step != step and (run.always_save_checkpoint or saved_step is None):
-            saved_step = checkpoint()
-        team.say(f"\nstopped at step {step}; the checkpoint in {run.out_dir} is of step {saved_step}. Go on with\n    {again}")
-    if team.chief:
-        plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
+        beside = not run.always_save_checkpoint and saved_step != step
+        folder = os.path.join(run.out_dir, "stopped") if beside else run.out_dir
+        if saved_step != step:
+            checkpoint(folder)
+        team.say(f"\nstopped at step {step}, saved in {folder}"
+                 + f"; the best checkpoint, of step {best_step}, stays in {run.out_dir}" * beside + f". Go on with\n    {again}")
+    team.agree(lambda: plot([run.out_dir], os.path.join(run.out_dir, "loss.svg")) if team.chief else None)
     if not signals.stopped:
-        team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
-                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+        if best_step == 0 and not run.always_save_checkpoint:
+            team.say(f"\nno step made the validation loss lower: the checkpoint in {run.out_dir} is the model that the run began "
+                     "with. Try a lower --learning_rate")
+        team.say(f"\nbest validation loss {best:.4f} (step {best_step}), {clock(time.time() - began)} of training; the curves "
+                 f"are in {os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
     return signals.stopped
 
 
@@ -1115,7 +1151,9 @@ def main():
     given, _ = command_line(__doc__, options())
     team = Team()
     if "plot" in given:
-        out_dirs = [d for d in given["plot"].split(",") if d] or [given.get("out_dir", Run.out_dir)]
+        out_dirs = [d for d in given.pop("plot").split(",") if d] or [given.pop("out_dir", Run.out_dir)]
+        if given:
+            refuse(f"--{min(given)} has no effect with --plot={','.join(out_dirs)}, which only draws")
         path = os.path.join(out_dirs[0], "loss.svg")
         plot(out_dirs, path)
         return print(path)

@@ -464,9 +464,13 @@ def command_line(description, options, positional=None, argv=None):
         if not name.startswith("-"):
             refuse(f"{unknown[0]!r} is not understood here: values are given as --name=value"
                    + (" (config files are not run: give their lines as flags)" if name.endswith(".py") else ""))
-        near = difflib.get_close_matches(name.lstrip("-").removeprefix("no-").replace("-", "_"), options, 1, 0.5)
+        near = difflib.get_close_matches(name.lstrip("-").removeprefix("no-").replace("-", "_"), options, 1)
         refuse(f"there is no flag {name}" + (f": did you mean --{near[0]}?" if near else ""))
     given = vars(given)
+    for name in (name for name in given if given[name] == "" and options[name][1]):
+        refuse(f"--{name} is empty: give it a value, or leave it out for {options[name][1]}")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:[1-9]?\d)?", given.get("device", "auto")):
+        refuse(f"--device={given['device']} is not known: use auto, cpu, cuda, cuda:N or mps")
     return given, given.pop("positional", [])
 
 
