@@ -2282,9 +2282,9 @@ def test_threads_give_the_tokens_of_one(texts, tmp_path, capsys):
 
 
 @needs_bpe
-@pytest.mark.parametrize("changed", [False, True])
+@pytest.mark.parametrize("changed", [None, "read", "to come"])
 def test_preparing_goes_on(texts, tmp_path, capsys, monkeypatch, changed):
-    """A stop that costs all the work done, doubles or drops a portion, or mixes the old source with a new one."""
+    """A stop, or a bad line far on, that costs all the work done; a portion doubled, lost or of a source now changed."""
     monkeypatch.setattr(prepare, "JOURNAL_EVERY", 0)
     monkeypatch.setattr(prepare, "PORTION", 20_000)
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
@@ -2298,14 +2298,20 @@ def test_preparing_goes_on(texts, tmp_path, capsys, monkeypatch, changed):
     monkeypatch.setattr(prepare.Tokenizer, "encode", fused)
     command = ["prepare", tmp_path / "in", f"--name={tmp_path}/set", "--val_frac=1"]
     assert here(capsys, *command)[0] == 130 and (tmp_path / "set.part/journal.json").exists()
-    if changed:
+    calls[:], fuse = [], 10**9
+    if changed == "read":
         (tmp_path / "in/a.jsonl").write_text('{"text": "new"}\n')
         texts[:280] = ["new"]
+    elif changed:
+        (tmp_path / "in/e.jsonl").write_text('{"text": "new"}\n' * 9 + '{"text": "ne')
+        code, _, err = here(capsys, *command)
+        assert code == 1 and "e.jsonl, line 10: no JSON object" in err and calls == [""]
+        (tmp_path / "in/e.jsonl").write_text('{"text": "new"}')
+        texts.append("new")
     with open(tmp_path / "set.part/val.bin", "ab") as f:                   # written, but not in the journal yet
         f.write(b"half a portion")
-    calls[:], fuse = [], 10**9
     code, out, _ = here(capsys, *command)
-    assert code == 0 and ("goes on" in out) != changed and not ("first" in calls and not changed)
+    assert code == 0 and ("goes on" if changed != "read" else "begins anew") in out and "first" not in calls
     assert read_bin(tmp_path / "set", "val").tolist() == by_hand(texts) and not (tmp_path / "set.part").exists()
 
 
@@ -2318,9 +2324,10 @@ def test_reading_does_not_run_ahead():
 
 
 @needs_bpe
-def test_white_space_without_end():
+@pytest.mark.parametrize("white", "\n\u3000")
+def test_white_space_without_end(white):
     """A million line breaks, at which tiktoken's regular expression gives up: the end of a night's work."""
-    text, encode = "a" + "\n" * 1_000_000 + "b c", prepare.gpt2_bpe().encode_ordinary
+    text, encode = "a" + white * 1_000_000 + "b c", prepare.gpt2_bpe().encode_ordinary
     assert prepare.Tokenizer("gpt2").encode(text).tolist() == encode(text[:-4]) + encode(text[-4:])
 
 
