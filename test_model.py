@@ -2412,13 +2412,18 @@ def test_order_over_shards(monkeypatch):
 
 
 def test_training_on_shards(tmp_path):
-    """Shards that ranks read in different orders."""
+    """Shards that ranks read in different orders; one added before a resume, which goes on in another order unseen."""
     for name, tokens in zip(NAMES, (100, 400, 300), strict=True):
         (tmp_path / name).write_bytes(shard_file(tokens, vocab_size=26))
     (tmp_path / "meta.json").write_text(json.dumps({"tokenizer": "char", "characters": string.ascii_lowercase}))
     for ranks in (0, 2):
         run("train", *flags(dataset=tmp_path, max_iters=4, out_dir=tmp_path / f"{ranks}"), ranks=ranks)
     agree(tmp_path / "0", tmp_path / "2")
+    for added, words in (("fineweb_train_000003.bin", ["train data", "700 tokens", "now 800"]), (NAMES[0], ["val data"])):
+        (tmp_path / added).write_bytes(shard_file(100, seed=9, vocab_size=26))
+        err = run("train", "--init_from=resume", f"--out_dir={tmp_path}/0", "--device=cpu", "--max_iters=5", code=1).err
+        one_line(err, *words, f"--init_from={tmp_path}/0")
+        (tmp_path / added).unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -235,8 +235,11 @@ class Tokens(Dataset):
             self[i]
 
     def fingerprint(self):
-        """Tells two data sets apart without reading them whole."""
-        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 100)])) for f in self.files[:4]]
+        """Tells two data sets apart without reading them whole: tokens, and a checksum of some of each file and its size."""
+        crc = 0
+        for f in self.files:
+            crc = zlib.crc32(np.append(f[::max(1, len(f) // 20)], len(f)), crc)
+        return f"{self.tokens:,} tokens (checksum {crc:08x})"
 
     def __len__(self):
         return int(self.ends[-1])
@@ -914,7 +917,13 @@ def fit(team, given, run, state, device, why_device):
         del paths["train"]                                                 # it may be empty
     splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split))
                                  for split in paths})
-    team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
+    content = {split: data.fingerprint() for split, data in splits.items()}
+    team.same(f"the data in {folder} must be the same everywhere", content)
+    if state and not run.eval_only and (was := state.get("data", content)) != content:
+        split = next(split for split in content if was.get(split) != content[split])
+        raise Agreed(f"the {split} data in {folder} has changed since the checkpoint in {run.out_dir}: it had "
+                     f"{was.get(split)}, now {content[split]}: put back what was there, or begin another run from these "
+                     f"weights with --init_from={run.out_dir} --out_dir=...")
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
 
@@ -1022,8 +1031,8 @@ def fit(team, given, run, state, device, why_device):
 
     def checkpoint():
         save(team, run.out_dir, config, parameters, optimizer, tokenizer, {
-            "step": step, "windows": consumed, "best_val_loss": best, "evaluated": evaluated, "scaler": scaler.state_dict(),
-            "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
+            "step": step, "windows": consumed, "data": content, "best_val_loss": best, "evaluated": evaluated,
+            "scaler": scaler.state_dict(), "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
     def not_finite(what, unharmed):
