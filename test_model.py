@@ -2053,12 +2053,13 @@ NANOGPT = """out_dir eval_interval log_interval eval_iters eval_only always_save
     backend device dtype compile""".split()
 
 
-def test_flags(capsys):
-    """A field without its flag, a flag without help, a boolean that cannot be switched off."""
+def test_flags(capsys, monkeypatch):
+    """A field without its flag, a flag without help, help wider than 80 columns, a boolean that cannot be switched off."""
+    monkeypatch.setenv("COLUMNS", "80")
     for script, names in dict(train=[*train.RUN, *train.SHAPE, *NANOGPT], sample=[*sample.OPTIONS, *sample.CHANGES],
                               prepare=["name", "tokenizer", "val_frac", "field", "source"]).items():
         code, out, err = here(capsys, script, "--help")
-        assert code == 0 and not err
+        assert code == 0 and not err and max(map(len, out.splitlines())) <= 80
         for name in names:
             assert re.search(rf"^  --{name} .*\n?.*\w", out, re.MULTILINE), name
     options = train.options()
@@ -2534,7 +2535,10 @@ def test_only_memory_is_taken_for_memory(capsys, monkeypatch):
 
 
 def test_lines_fit(data, tmp_path, capsys, monkeypatch):  # noqa: F811
-    """A live line that wraps in 80 columns, and so never renews itself; carriage returns in a log file."""
+    """A live line that wraps in 80 columns, and so never renews itself; carriage returns in a log file; a wide banner."""
+    wide = flags(dataset=os.path.basename(data), gradient_accumulation_steps=9000, max_iters=0, **ALL)
+    out = run("train", *wide, ranks=2, folder=os.path.dirname(data)).out
+    assert out.count("\n") >= 8 and "in each" in out and max(map(len, out.splitlines())) <= 80
     out = run("train", *flags(dataset=data, out_dir=tmp_path / "out", max_iters=2)).out
     lines = re.findall(r"^step \d/2  loss \S+  lr \S+  norm \S+ .* tok/s  \S+ left  .* GB$", out, re.MULTILINE)
     assert len(lines) == 2 and "\r" not in out and all(line.index(" left") < 75 for line in lines)

@@ -1,15 +1,16 @@
 """
 Trains a GPT-2. One device, DDP or FSDP: the script sees by itself which.
 
-    python train.py                                          # one process: Python's own source, minutes on two CPU cores
-    torchrun --standalone --nproc_per_node=4 train.py        # Distributed Data Parallel: every process has the model
-    torchrun --standalone --nproc_per_node=4 train.py --fsdp # Fully Sharded Data Parallel: every process has 1/4 of it
-    python train.py --init_from=resume                       # goes on where the run in out_dir stopped
-    python train.py --init_from=gpt2 --dataset=shakespeare   # fine-tunes OpenAI's weights
-    python train.py --help                                   # every flag
+    python train.py                                           # Python's source
+    torchrun --standalone --nproc_per_node=4 train.py         # DDP: all in each
+    torchrun --standalone --nproc_per_node=4 train.py --fsdp  # FSDP: 1/4 each
+    python train.py --init_from=resume                        # goes on in out
+    python train.py --init_from=gpt2 --dataset=shakespeare    # fine-tunes
+    python train.py --help                                    # every flag
 
-What is computed at a step is a function of the flags, the seed and the step alone. Neither the number of processes, nor
-the mode, nor a stop in between changes it (beyond the order in which floating point numbers are added).
+What is computed at a step is a function of the flags, the seed and the step
+alone. Neither the number of processes, nor the mode, nor a stop in between
+changes it (beyond the order in which floating point numbers are added).
 """
 import codecs
 import glob
@@ -20,6 +21,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from contextlib import nullcontext
@@ -126,6 +128,12 @@ class Team:
     def say(self, *words):
         if self.chief:
             print(*words, flush=True)
+
+    def tell(self, **topics):
+        """A topic a line, wrapped where 80 columns end."""
+        for name, text in topics.items():
+            self.say(textwrap.fill(f"{name:10}{text}", 80, subsequent_indent=" " * 10, break_long_words=False,
+                                   break_on_hyphens=False))
 
     def agree(self, work):
         """work()'s result; if it fails in any process, all of them stop."""
@@ -751,7 +759,7 @@ def choose_model(run, given, team, tokenizer):
     except ValueError as e:
         refuse(str(e))
     for note in notes:
-        team.say(f"changed   {note}; the model wants further training to make up for it")
+        team.tell(changed=f"{note}; the model wants further training to make up for it")
     reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
     if reads.to_json() != tokenizer.to_json():
         raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is "
@@ -952,18 +960,18 @@ def fit(team, given, run, state, device, why_device):
             scaler.load_state_dict(state["scaler"])
     state = weights = None                                                 # the mapped files may go
 
-    team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
-             f"dtype     {str(dtype).removeprefix('torch.')}: {why_dtype}\ncompile   {compiled}: {why_compile}\n"
-             f"data      {run.dataset}: "
-             + (f"{splits['train'].tokens:,} training and " if "train" in splits else "")
-             + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} "
-             f"({tokenizer.name})\n"
-             + (f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
-                f"{windows_per_step * T:,} tokens a step"
-                + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1))
-                + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps\n" if "train" in splits else "")
-             + f"model     {model.num_parameters():,} parameters, {config.n_layer} layers, "
-             + ", ".join([name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)] or ["plain GPT-2"]))
+    sizes = [f"{splits[split].tokens:,} {what}" for split, what in (("train", "training"), ("val", "validation"))
+             if split in splits]
+    team.tell(device=f"{device}: {why_device}", mode=f"{mode}: {why_mode}",
+              dtype=f"{str(dtype).removeprefix('torch.')}: {why_dtype}", compile=f"{compiled}: {why_compile}",
+              data=f"{run.dataset}: {' and '.join(sizes)} tokens, vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
+    if "train" in splits:
+        team.tell(batch=f"{run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
+                  f"{windows_per_step * T:,} tokens a step"
+                  + f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1)
+                  + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps")
+    changes = [name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)]
+    team.tell(model=f"{model.num_parameters():,} parameters, {config.n_layer} layers, {', '.join(changes) or 'plain GPT-2'}")
 
     if run.eval_only:
         stride = run.eval_stride or T
@@ -973,8 +981,8 @@ def fit(team, given, run, state, device, why_device):
         if "eval_iters" in given:                                          # side by side they are those of `evaluate`
             spans = spans[spans[:, 3] - spans[:, 2] >= stride]
             spans = spans[np.linspace(0, len(spans) - 1, min(len(spans), run.eval_iters * run.batch_size)).astype(int)]
-        team.say(f"windows   {len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
-                 f"{T - stride + 1} or more")
+        team.tell(windows=f"{len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
+                          f"{T - stride + 1} or more")
         return measure(team, model, splits["val"], tokenizer, spans, run.batch_size, device, context)
 
     def losses_now():
@@ -1026,7 +1034,7 @@ def fit(team, given, run, state, device, why_device):
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
-        team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
+        team.tell(kept=f"the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, step) if team.chief else None)
 
     def checkpoint():
@@ -1094,7 +1102,7 @@ def fit(team, given, run, state, device, why_device):
         plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
     if not signals.stopped:
         team.say(f"\nbest validation loss {best:.4f}, {clock(time.time() - began)} of training; the curves are in "
-                 f"{os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+                 f"{os.path.join(run.out_dir, 'loss.svg')}\nSample with\n    python sample.py{where}")
     return signals.stopped
 
 

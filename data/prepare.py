@@ -1,14 +1,16 @@
 """
-Text to tokens. Each data set is a short function below; add one and it has a name here and in train.py --dataset=NAME.
+Text to tokens. Each data set is a short function below; add one and it has a
+name here and in train.py --dataset=NAME.
 
-    python data/prepare.py stdlib                 # the source of this Python's standard library, by characters
-    python data/prepare.py shakespeare_char       # nanoGPT's text, by characters
-    python data/prepare.py shakespeare            # the same in GPT-2's tokens
-    python data/prepare.py fineweb --shards=9     # FineWeb in GPT-2's tokens, ready made: 100 million in each shard
-    python data/prepare.py PATH... --name=mine    # your own files and folders: text, .jsonl, and .gz of either
+    python data/prepare.py stdlib               # Python's source, characters
+    python data/prepare.py shakespeare_char     # nanoGPT's text, by characters
+    python data/prepare.py shakespeare          # the same in GPT-2's tokens
+    python data/prepare.py fineweb --shards=9   # 100 million tokens each
+    python data/prepare.py PATH... --name=mine  # text, .jsonl, .gz of either
 
-Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the
-tokenizer); FineWeb's shards stay as they come, in llm.c's format. A run that was stopped goes on where it was.
+Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT
+has them) and meta.json (the tokenizer); FineWeb's shards stay as they come, in
+llm.c's format. A run that was stopped goes on where it was.
 """
 import argparse
 import codecs
