@@ -1460,17 +1460,23 @@ def test_evaluation_changes_nothing(data, straight, tmp_path):
     assert len(a) == 9 and a == b
 
 
-def test_what_a_run_leaves(straight, tmp_path, capsys):
-    """A step that is missing or doubled in metrics.jsonl, a picture no browser opens, flags taken for others."""
+def test_what_a_run_leaves(straight, tmp_path, capsys, monkeypatch):
+    """A step missing or doubled in metrics.jsonl, a picture no browser opens, a comparison over a run's own curve."""
     records = train.read_metrics(str(straight / "whole"))
     assert [r["step"] for r in records if "loss" in r] == list(range(1, 10))
     assert [r["step"] for r in records if "val_loss" in r] == [0, 3, 6, 9]
     assert all(r["tokens_per_second"] > 0 for r in records if "loss" in r)
     shutil.copytree(straight / "whole", odd := tmp_path / "a<b>&\"c'")
+    with open(odd / "metrics.jsonl", "a") as f:
+        f.writelines(f'{{"step": {i}, "loss": 1.5}}\n' for i in range(10, 30_000))
+    own = (odd / "loss.svg").read_bytes()
+    monkeypatch.chdir(tmp_path)
     code, out, _ = here(capsys, "train", f"--plot={odd},{straight / 'whole'}")
-    assert code == 0 and out.strip() == str(odd / "loss.svg")
-    for path in (odd, straight / "whole"):
-        assert xml.etree.ElementTree.parse(path / "loss.svg").getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert code == 0 and out.strip() == "comparison.svg" and (odd / "loss.svg").read_bytes() == own
+    assert os.path.getsize("comparison.svg") < 20_000
+    for path in (odd / "loss.svg", "comparison.svg"):
+        assert xml.etree.ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"
+    assert f"--{odd}-".replace("&", "&amp;").replace("<", "&lt;")[2:-1][-60:] in pathlib.Path("comparison.svg").read_text()
 
 
 def test_eval_only_and_best_only(straight, tmp_path):

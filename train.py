@@ -76,7 +76,7 @@ class Run:
     compile: str = flag("auto", "torch.compile: auto, True, False", runtime=True)
     tensorboard: bool = flag(False, "log to out_dir/tensorboard too", runtime=True)
     wandb: bool = flag(False, "log to Weights & Biases too", runtime=True)
-    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", runtime=True)
+    plot: str = flag(None, "only draw: out_dir's loss.svg, or --plot=out1,out2 over each other in ./comparison.svg", runtime=True)
 
 
 # Without --init_from the model is small enough to learn something on a CPU in minutes. From trained weights the steps
@@ -545,7 +545,7 @@ def peak_flops(device, dtype):
 
 def plot(out_dirs, path, over="step"):
     """Loss curves over steps or tokens, as an SVG that any browser opens, light or dark: training thin, validation with
-    dots."""
+    dots, and below them the legend, a line a run."""
     colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
     curves = []
     for i, out_dir in enumerate(out_dirs):
@@ -554,44 +554,50 @@ def plot(out_dirs, path, over="step"):
         val = [(r[over], r["val_loss"]) for r in records if "val_loss" in r]
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
-        curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
+        n = math.ceil(len(train) / 640)                                    # of more points than pixels, the means
+        train = [tuple(np.mean(train[i:i + n], axis=0)) for i in range(0, len(train), n or 1)]
+        curves.append((os.path.normpath(out_dir), color, train, val))
     points = [p for _, _, train, val in curves for p in train + val]
     x1 = max(max(x for x, _ in points), 1)
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    low = min(y for _, y in points)
+    high = max(y for x, y in points if x >= x1 / 20 or x1 < 1000)          # a long run's first drop is cut off
     low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-    X, Y, W, H = 64, 24, 640, 340                                          # the plot's place in a picture of 760 x 420
+    X, Y, W, H = 64, 16, 672, 340                                          # the plot's place in the picture
 
     def at(x, y):
         return f"{X + W * x / x1:.1f},{Y + H * (high - y) / (high - low):.1f}"
 
-    def ticks(lo, hi):
+    def ticks(lo, hi, least=0):
         size = 10 ** math.floor(math.log10(hi - lo))
-        size = next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (hi - lo) / (size * m) <= 7)
+        size = max(least, next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (hi - lo) / (size * m) <= 7))
         return [k * size for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" font-family="system-ui, sans-serif" font-size="12">',
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {Y + H + 72 + 18 * len(curves)}" '
+           'font-family="system-ui, sans-serif" font-size="12">',
            "<style>svg{background:#fff} text{fill:#222} .grid{stroke:#ddd} .axis{stroke:#222} @media (prefers-color-scheme:dark)"
            "{svg{background:#14161a} text{fill:#ddd} .grid{stroke:#333} .axis{stroke:#ddd}}</style>"]
     for y in ticks(low, high):
         px, py = at(0, y).split(",")
         svg.append(f'<path class="grid" d="M{px},{py}h{W}"/>'
                    f'<text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in ticks(0, x1):
+    for x in ticks(0, x1, 1):
         px = at(x, low).split(",")[0]
         svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
     svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/>'
-               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">{over}</text>'
-               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
+               f'{over}{"s" * (over == "step")} (thin: training, dots: validation)</text>'
+               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>'
+               f'<clipPath id="plot"><path d="M{X},{Y}h{W + 4}v{H + 4}h{-W - 4}"/></clipPath>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
-        svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
-        svg.append(line.format(2, 1, " ".join(at(*p) for p in val)))
-        svg += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{color}"/>' for p in (at(*p) for p in val)]
-        best = f", best {min(y for _, y in val):.4f}" if val else ""
-        name = name.replace("&", "&amp;").replace("<", "&lt;")
-        y = Y + 16 + 18 * i
-        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/>'
-                   f'<circle cx="{X + W - 238}" cy="{y - 4}" r="3" fill="{color}"/>'
-                   f'<text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
+        svg += ['<g clip-path="url(#plot)">', line.format(1, 0.55, " ".join(at(*p) for p in train)),
+                line.format(2, 1, " ".join(at(*p) for p in val))]
+        dot = f'<circle cx="{{}}" cy="{{}}" r="3" fill="{color}"/>'
+        svg += [*(dot.format(*at(*p).split(",")) for p in val if len(val) <= 100), "</g>"]
+        y = Y + H + 64 + 18 * i
+        name = ("…" + name[-60:] if len(name) > 60 else name).replace("&", "&amp;").replace("<", "&lt;")
+        best = f", best validation {min(y for _, y in val):.4f}" if val else ""
+        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X},{y}h24"/>{dot.format(X + 12, y)}'
+                   f'<text x="{X + 32}" y="{y + 4}">{name}{best}</text>')
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write("\n".join(svg + ["</svg>\n"]))
     os.replace(path + ".part", path)
@@ -1128,7 +1134,7 @@ def main():
     team = Team()
     if "plot" in given:
         out_dirs = [d for d in given["plot"].split(",") if d] or [given.get("out_dir", Run.out_dir)]
-        path = os.path.join(out_dirs[0], "loss.svg")
+        path = "comparison.svg" if len(out_dirs) > 1 else os.path.join(out_dirs[0], "loss.svg")
         plot(out_dirs, path)
         return print(path)
     for name, cure in (("fsdp", "--fsdp shares one model among several processes: start them with torchrun --standalone "
