@@ -450,7 +450,7 @@ def restore(optimizer, parameters, saved):
         if not state or any(getattr(state.get(key), "shape", None) != shape for key, shape in
                             (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))):
             raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
-        optimizer.state[p] = {"step": state["step"].clone().to(p.device)}
+        optimizer.state[p] = {"step": state["step"].clone().to(p.device if optimizer.defaults["fused"] else "cpu")}
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[p][key] = torch.zeros_like(p)
             fill(optimizer.state[p][key], state[key])
@@ -964,7 +964,8 @@ def fit(team, given, run, state, device, why_device):
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
         if state["scaler"]:                                                # empty if that run was not in float16
             scaler.load_state_dict(state["scaler"])
-    state = weights = None                                                 # the mapped files may go
+        state.clear()                                                      # train() holds on to it
+    whole = weights = None                                                 # the mapped files may go: Windows locks them
 
     sizes = [f"{splits[split].tokens:,} {what}" for split, what in (("train", "training"), ("val", "validation"))
              if split in splits]
@@ -1002,7 +1003,7 @@ def fit(team, given, run, state, device, why_device):
                              pin_memory=device.type == "cuda"))
 
     def next_batch():
-        return [t.to(device, non_blocking=True) for t in next(loader)]
+        return [t.to(device, non_blocking=device.type == "cuda") for t in next(loader)]  # MPS may read what is gone
     batch = next_batch()
 
     def gradients(mark=lambda part: None):
@@ -1036,7 +1037,8 @@ def fit(team, given, run, state, device, why_device):
     if run.benchmark:
         return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
 
-    where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
+    quoted = f'"{run.out_dir}"' if os.name == "nt" else shlex.quote(run.out_dir)
+    where = f" --out_dir={quoted}" if run.out_dir != Run.out_dir else ""
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if step == 0 and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):

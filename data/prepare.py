@@ -290,7 +290,8 @@ def portions(files, read, val_frac, done):
     for i, path in enumerate(files[done[0]:], done[0]):
         number, portion, size = 0, [], 0
         for name, split, k, text, at in read_texts(path, read):
-            split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
+            key = name.replace(os.sep, "/").encode("utf-8", "replace")
+            split = split or ("val" if zlib.crc32(key) < val_frac * 2**32 else "train")
             portion.append((split, text, k == 0))
             size += len(text)
             if size >= PORTION:
