@@ -1,10 +1,11 @@
 """
 Writes text with a trained model.
 
-    python sample.py                                      # the model that train.py left in out/
-    python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights, fetched once
-    python sample.py --init_from=FOLDER --num_samples=5   # any checkpoint, several texts at a time
-    python sample.py --start=FILE:prompt.txt              # a prompt from a file; or piped in: echo "def " | python sample.py
+    python sample.py                                      # the model in out/
+    python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights
+    python sample.py --init_from=FOLDER --num_samples=5   # any checkpoint
+    python sample.py --start=FILE:prompt.txt              # a prompt from a file
+    echo "def " | python sample.py                        # or from a pipe
 """
 import codecs
 import itertools
