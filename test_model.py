@@ -1999,7 +1999,7 @@ def test_a_new_run_does_not_destroy_the_old_one(data, straight, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(straight / "whole", out)
     done = run("train", *flags(dataset=data, out_dir=out, seed=2))
-    assert f"moved to {out}/previous_run" in done.out
+    assert f"moved to {out}/previous_run" in " ".join(done.out.split())
     same_run(out / "previous_run", straight / "whole")
     assert curve(out)[-1]["step"] == 9 and curve(out) != curve(straight / "whole")
     assert "moved to" not in run("train", *flags(out_dir=out), "--init_from=resume", "--max_iters=10").out
