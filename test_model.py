@@ -1749,6 +1749,18 @@ def test_ranks_prepare_data_once(tmp_path):
     assert (tmp_path / "calls").read_text() == "prepared\n" and not (tmp_path / "stdlib.part").exists()
 
 
+@pytest.mark.parametrize("mode, dead", [([], 1), (["--fsdp"], 1), ([], 0)])
+def test_others_end_quietly(data, tmp_path, mode, dead):
+    """A traceback from each process that had waited for the dead one, which hides what that one said."""
+    die = partial(at_step, 5, signal.SIGKILL, str(dead))
+    done = finish(start("train", *flags(dataset=data, out_dir=tmp_path / "out"), *mode, ranks=2, before=die))
+    assert done.codes[dead] == -9 and done.codes[1 - dead] == 1
+    if dead == 1:
+        one_line(done.err, "train.py: another process of this run has ended")
+    else:
+        assert not done.err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [[], ["--fsdp"]])
 @pytest.mark.parametrize("hook", ["at_step(5, signal.SIGKILL, '2')", "fails_at_once('2')"])

@@ -1193,6 +1193,10 @@ def main():
         if team.chief:
             raise
         code = 1
+    except RuntimeError as e:
+        if "by peer" not in str(e) and "Broken pipe" not in str(e):        # so gloo says that a process is gone
+            raise
+        sys.exit("train.py: another process of this run has ended, so it cannot go on" if team.chief else 1)
     team.leave()
     sys.exit(code)
 
