@@ -826,7 +826,7 @@ def hub_download(repo, name, path, show=None):
     """Fetches a file of the hub to `path`. The repo of a data set begins with "datasets/"."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         raise FileNotFoundError(f"HF_HUB_OFFLINE is set and {path} is not there: copy {name} of {repo} to that place")
-    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    endpoint = re.sub("^(?!https?://)", "https://", os.environ.get("HF_ENDPOINT") or "huggingface.co").rstrip("/")
     return download(f"{endpoint}/{repo}/resolve/main/{name}", path, token=os.environ.get("HF_TOKEN"), show=show)
 
 
@@ -857,7 +857,8 @@ def download(url, path, sha256=None, token=None, tries=3, show=None):
         if failures == tries:
             raise ConnectionError(f"{url}: the connection failed ({problem}): " + (
                 f"{bytes_in(part):,} bytes are kept, run it again to go on" if bytes_in(part) else
-                "behind a proxy or a mirror? set HTTPS_PROXY or HF_ENDPOINT"))
+                "is the proxy that HTTPS_PROXY names right?" if problem == "ProxyError" else
+                f"without a network bring the file to {path}; HTTPS_PROXY names a proxy, HF_ENDPOINT a mirror of the hub"))
         time.sleep(failures / 4)
     expected, got = sha256 or announced, bytes_in(part)
     if expected is None:

@@ -41,9 +41,16 @@ OPTIONS = {
 CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size", "flash")
 
 
+def piped():
+    try:
+        return stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG)
+    except (OSError, AttributeError):                                      # as in a notebook, or closed
+        return False
+
+
 def read_prompt(given):
     start = given.get("start")
-    if start is None and sys.stdin and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+    if start is None and piped():
         start = sys.stdin.read()
     elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
@@ -129,6 +136,10 @@ def main():
         return benchmark(model, run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
     if run["compile"]:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except Exception as e:                                             # no Triton, no compiler: many things, many names
+            refuse("--compile does not work here ({}): leave it out".format(f"{type(e).__name__}: {e}".split("\n")[0][:100]))
         model.hidden = torch.compile(model.hidden, dynamic=True)
 
     arguments = dict(temperature=run["temperature"], top_k=run["top_k"] or None, top_p=run["top_p"] if run["top_p"] < 1 else None,

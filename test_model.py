@@ -994,7 +994,7 @@ def test_wrong_hash(hub, tmp_path, name):
 
 
 @pytest.mark.parametrize("status, cure", [(404, "no such file"), (401, "set HF_TOKEN"), (403, "is HF_TOKEN right"),
-                                          (503, "try again later"), (None, "set HTTPS_PROXY or HF_ENDPOINT")])
+                                          (503, "try again later"), (None, "HTTPS_PROXY names a proxy")])
 def test_hub_errors(hub, tmp_path, monkeypatch, status, cure):
     """An error page saved as the file, or a failure that does not say what to do; None: nothing listens at the port."""
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -1257,6 +1257,17 @@ def test_own_files(tmp_path, capsys, monkeypatch, tokenizer):
     got = {split: t.decode(read_bin("set", split)).split("<|endoftext|>") for split in ("train", "val")}
     assert sorted(got["train"] + got["val"]) == sorted([*texts.values(), *lines]) and len(got["val"]) > 1
     assert train.token_counts("set") == {split: len(read_bin("set", split)) for split in got}
+
+
+@pytest.mark.parametrize("texts", [["a" * 9000, "b" * 100], ["a" * 100, "b" * 9000]])
+def test_few_documents(tmp_path, monkeypatch, texts):
+    """Two files, of which the hash of the name gives the large one, or a hundredth, to validation."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in zip(names := ["4.txt", "5.txt"], texts, strict=True):  # 5.txt is for validation
+        pathlib.Path(name).write_text(text)
+    prepare.own(str(tmp_path / "set"), names, "char")
+    train, val = (read_bin("set", split).tolist() for split in ("train", "val"))
+    assert prepare.Tokenizer.load("set").decode(train + val) == "<|endoftext|>".join(texts) and len(val) == 911
 
 
 @needs_bpe
@@ -2270,7 +2281,7 @@ train    1  --dataset={bad}/wide                                   token 999, be
 train    1  --block_size=512                                       smaller --block_size
 train    2  --init_from=gpt3                                       neither scratch, resume, auto
 train    1  --init_from=resume                                     there is no checkpoint in
-train    1  --init_from=gpt2                                       gpt2/resolve/main/config.json
+train    1  --init_from=gpt2                                       without a network bring the file to
 train    2  --init_from={run} --n_head=4                           n_head=4 contradicts
 train    2  --init_from=resume --out_dir={run} --n_layer=3         contradicts the checkpoint
 train    2  --init_from=resume --out_dir={run} --dataset=stdlib    contradicts the checkpoint
@@ -2324,7 +2335,7 @@ prepare  1  {bad}/cut.gz --name=x --tokenizer=char                 cut.gz cannot
 prepare  1  {bad}/wrong.gz --name=x --tokenizer=char               wrong.gz
 prepare  1  {bad}/x.jsonl --name=x --tokenizer=char                x.jsonl, line 2: no JSON object with a text 'text'
 prepare  1  {bad}/text --name=file --tokenizer=char                file
-prepare  1  shakespeare_char                                       tinyshakespeare
+prepare  1  shakespeare_char                                       is the proxy that HTTPS_PROXY names right?
 prepare  1  {bad}/text --name=x                                    6d1cbeee0f20b3d9449abfede4726ed8212e3aee
 """.strip().splitlines()
 
@@ -2700,6 +2711,28 @@ def test_only_memory_is_taken_for_memory(capsys, monkeypatch):
         assert code == 1 and err.count("\n") == 1 and "--grad_checkpoint" in err
     with pytest.raises(RuntimeError, match="shapes"):
         here(capsys, "train", "--batch_size=1", "--device=cpu")
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_no_compiler(straight, capsys, monkeypatch, script):
+    """A traceback of the compiler's where there is no Triton; --compile=True that is then ignored."""
+    def compile(*_):
+        raise RuntimeError("Cannot find a working triton installation.\nmore")
+    monkeypatch.setattr(torch, "compile", compile)
+    why = "does not work here (RuntimeError: Cannot find a working triton installation.)"
+    assert train.choose_compile(train.Run(), torch.device("cuda")) == (False, "it " + why)
+    code, _, err = here(capsys, script, "--compile=True", f"--out_dir={straight / 'whole'}", "--device=cpu")
+    one_line(err, why)
+    assert code == 2
+
+
+def test_other_consoles(straight, capsys, monkeypatch):
+    """A sample that stops at a character which the console lacks; a notebook, whose standard input is no file."""
+    assert sampled(capsys, straight / "whole", "--max_new_tokens=3")[0][0] == "\n"
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    prepare.guarded(lambda: print("a日"))
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"a?\n"
 
 
 def test_lines_fit(data, tmp_path, capsys, monkeypatch):  # noqa: F811

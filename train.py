@@ -676,17 +676,21 @@ def choose_dtype(run, device):
 
 
 def choose_compile(run, device):
-    if run.compile.lower() in ("true", "1", "false", "0"):
-        return run.compile.lower() in ("true", "1"), "as asked"
-    if run.compile != "auto":
+    asked = run.compile.lower() in ("true", "1")
+    if run.compile.lower() in ("false", "0"):
+        return False, "as asked"
+    if not asked and run.compile != "auto":
         refuse(f"--compile={run.compile} must be auto, True or False")
-    if device.type != "cuda":
+    if not asked and device.type != "cuda":
         return False, f"it does not pay on {device.type}"
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        return True, "it works here"
+        return True, "as asked" if asked else "it works here"
     except Exception as e:                                                 # no Triton, no compiler: many things, many names
-        return False, f"it does not work here: {type(e).__name__}"
+        why = f"{type(e).__name__}: {e}".split("\n")[0][:100]
+        if asked:
+            refuse(f"--compile=True does not work here ({why}): leave it out")
+        return False, f"it does not work here ({why})"
 
 
 def learning_rate(run, step):

@@ -318,7 +318,7 @@ def in_order(work, items):
 
 def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
     """read(path, its text as a file) -> (a document's name, "train" | "val" | None, its text in pieces)... None: a hash
-    of the name decides, and where that leaves nothing for one of the two, the tail of all tokens is for validation.
+    of the name decides, or where documents are so few that it misses val_frac by far, the tail of all tokens.
 
     All is read once before it is encoded, so that a bad line is told at once and not after hours. All is written to
     NAME.part, which is moved into place whole. Its journal says how much of what is there counts, so that a run that was
@@ -401,10 +401,11 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
     if not any(tokens.values()):
         shutil.rmtree(part)
         raise nothing
-    if not all(tokens.values()):
-        if not tokens["train"]:
-            os.replace(paths["val"], paths["train"])
-        count = sum(tokens.values())
+    if not all(tokens.values()) or not 0.25 <= tokens["val"] / sum(tokens.values()) / val_frac <= 4:
+        with open(paths["train"], "ab") as train, open(paths["val"], "rb") as val:
+            train.write(end.astype("<u2").tobytes() * all(tokens.values()))
+            shutil.copyfileobj(val, train)
+            count = train.tell() // 2
         cut = int(count * (1 - val_frac))
         with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
             train.seek(2 * cut)
@@ -509,6 +510,8 @@ def refuse(message):
 
 def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):                                 # not in a notebook
+        sys.stdout.reconfigure(errors="replace")                           # a character that this console lacks
     try:
         main()
     except KeyboardInterrupt:
