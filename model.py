@@ -514,6 +514,13 @@ class GPT2(nn.Module):
             return [KVCache(c.window_size, ring=True) for _ in range(c.n_layer)]
         return [KVCache(size or c.block_size) for _ in range(c.n_layer)]
 
+    @torch.no_grad()
+    def for_decoding(self):
+        """Lays the matrices out row by row, as decoding reads them: in a file of Hugging Face's most lie the other way."""
+        for p in self.parameters():
+            p.data = p.data.contiguous()
+        return self
+
     def to_int8(self):
         """Rounds the matrices to int8 in place, for decoding on a CPU; the rest becomes bfloat16."""
         for module in list(self.modules()):

@@ -131,7 +131,7 @@ def main():
                          f"{model.config.vocab_size}: its meta.json is missing or of another model")
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
-    model = model.to_int8() if dtype == torch.int8 else model.to(device, dtype)
+    model = model.to_int8() if dtype == torch.int8 else model.to(device, dtype).for_decoding()
     if run["benchmark"]:
         return benchmark(model, run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
