@@ -443,9 +443,12 @@ class GPT2(nn.Module):
         super().__init__()
         self.config = config
         self.grad_checkpoint = False       # recompute each block in the backward pass: less memory, a third more work
+
+        def embedding(rows):               # the plain constructor would draw numbers, on the meta device with 1 s of imports
+            return nn.Embedding.from_pretrained(torch.empty(rows, config.n_embd), freeze=False)
         self.transformer = nn.ModuleDict(dict(
-            wte=nn.Embedding(config.vocab_size, config.n_embd),
-            **({} if config.rope else dict(wpe=nn.Embedding(config.block_size, config.n_embd))),
+            wte=embedding(config.vocab_size),
+            **({} if config.rope else dict(wpe=embedding(config.block_size))),
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
