@@ -127,6 +127,7 @@ class Team:
             store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             dist.init_process_group(backend, timeout=timedelta(minutes=10), store=store, rank=self.rank, world_size=self.size)
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            dist.barrier(self.patient)                                     # who leaves early must not cut others' handshakes
 
     def say(self, *words):
         if self.chief:
