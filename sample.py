@@ -1,10 +1,11 @@
 """
 Writes text with a trained model.
 
-    python sample.py                                      # the model that train.py left in out/
-    python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights, fetched once
-    python sample.py --init_from=FOLDER --num_samples=5   # any checkpoint, several texts at a time
-    python sample.py --start=FILE:prompt.txt              # a prompt from a file; or piped in: echo "def " | python sample.py
+    python sample.py                                      # the model in out/
+    python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights
+    python sample.py --init_from=FOLDER --num_samples=5   # any checkpoint
+    python sample.py --start=FILE:prompt.txt              # a prompt from a file
+    echo "def " | python sample.py                        # or from a pipe
 """
 import codecs
 import itertools
@@ -33,16 +34,23 @@ OPTIONS = {
     "use_cache": (bool, True, "keep keys and values; without, the same text takes longer"),
     "seed": (int, 1337, "of the choices"),
     "device": (str, "auto", "auto, cpu, cuda, cuda:1, mps"),
-    "dtype": (str, "auto", "of the weights: auto, float32, bfloat16, float16"),
+    "dtype": (str, "auto", "of the weights: auto, float32, bfloat16, float16, or int8 on a CPU"),
     "compile": (bool, False, "torch.compile: a slow start, then faster"),
     "benchmark": (bool, False, "time prompts of 32 tokens and of 3/4 block_size, and stop"),
 }
 CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size", "flash")
 
 
+def piped():
+    try:
+        return stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG)
+    except (OSError, AttributeError):                                      # as in a notebook, or closed
+        return False
+
+
 def read_prompt(given):
     start = given.get("start")
-    if start is None and sys.stdin and stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG):
+    if start is None and piped():
         start = sys.stdin.read()
     elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
@@ -63,7 +71,7 @@ def encode_prompt(tokenizer, text):
 
 def benchmark(model, samples, new=32):
     """Times reading a prompt and then each token, with random weights' text or a trained model's alike."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
     device = next(model.parameters()).device
     for length in (32, model.config.block_size * 3 // 4):
         idx = torch.randint(model.config.vocab_size, (samples, length), device=device)
@@ -91,7 +99,8 @@ def main():
             ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
             ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
             ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),
-            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16"), "auto, float32, bfloat16 or float16")):
+            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16", "int8"),
+             "auto, float32, bfloat16, float16 or int8")):
         if not ok:
             refuse(f"--{name}={run[name]} must be {limit}")
     if run["temperature"] == 0:
@@ -106,6 +115,8 @@ def main():
         refuse(f"--device={device} is not there: use auto, cpu, cuda, cuda:N or mps")
     half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
     dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])
+    if dtype == torch.int8 and device != "cpu":
+        refuse(f"--dtype=int8 is for the CPU, not for {device}: use bfloat16 there, or --device=cpu")
 
     source = complete(run["out_dir"] if run["init_from"] == "resume" else run["init_from"])
     if run["init_from"] == "resume" and not os.path.exists(os.path.join(source, "config.json")):
@@ -120,11 +131,15 @@ def main():
                          f"{model.config.vocab_size}: its meta.json is missing or of another model")
     if run["stop_at_eot"] and tokenizer.end_of_text is None:
         refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
+    model = model.to_int8() if dtype == torch.int8 else model.to(device, dtype).for_decoding()
     if run["benchmark"]:
-        return benchmark(model.to(device, dtype).for_decoding(), run["num_samples"])
+        return benchmark(model, run["num_samples"])
     prompt = encode_prompt(tokenizer, read_prompt(given))
-    model = model.to(device, dtype).for_decoding()
     if run["compile"]:
+        try:
+            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
+        except Exception as e:                                             # no Triton, no compiler: many things, many names
+            refuse("--compile does not work here ({}): leave it out".format(f"{type(e).__name__}: {e}".split("\n")[0][:100]))
         model.hidden = torch.compile(model.hidden, dynamic=True)
 
     arguments = dict(temperature=run["temperature"], top_k=run["top_k"] or None, top_p=run["top_p"] if run["top_p"] < 1 else None,

@@ -1,17 +1,19 @@
 """
 Trains a GPT-2. One device, DDP or FSDP: the script sees by itself which.
 
-    python train.py                                          # one process: Python's own source, minutes on two CPU cores
-    torchrun --standalone --nproc_per_node=4 train.py        # Distributed Data Parallel: every process has the model
-    torchrun --standalone --nproc_per_node=4 train.py --fsdp # Fully Sharded Data Parallel: every process has 1/4 of it
-    python train.py --init_from=resume                       # goes on where the run in out_dir stopped
-    python train.py --init_from=gpt2 --dataset=shakespeare   # fine-tunes OpenAI's weights
-    python train.py --help                                   # every flag
+    python train.py                                           # Python's source
+    torchrun --standalone --nproc_per_node=4 train.py         # DDP: all in each
+    torchrun --standalone --nproc_per_node=4 train.py --fsdp  # FSDP: 1/4 each
+    python train.py --init_from=resume                        # goes on in out
+    python train.py --init_from=gpt2 --dataset=shakespeare    # fine-tunes
+    python train.py --help                                    # every flag
 
-What is computed at a step is a function of the flags, the seed and the step alone. Neither the number of processes, nor
-the mode, nor a stop in between changes it (beyond the order in which floating point numbers are added).
+What is computed at a step is a function of the flags, the seed and the step
+alone. Neither the number of processes, nor the mode, nor a stop in between
+changes it (beyond the order in which floating point numbers are added).
 """
 import codecs
+import ctypes
 import glob
 import json
 import math
@@ -20,6 +22,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import zlib
 from contextlib import nullcontext
@@ -47,9 +50,9 @@ class Run:
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or a folder with token files")
     seed: int = flag(1337, "of initial weights, data order and dropout")
-    batch_size: int = flag(8, "texts of block_size tokens that one process computes at a time")
+    batch_size: int = flag(4, "texts of block_size tokens that one process computes at a time")
     gradient_accumulation_steps: int = flag(4, "such batches in a step, over all processes together")
-    max_iters: int = flag(700, "steps")
+    max_iters: int = flag(1400, "steps")
     learning_rate: float = flag(3e-3, "highest learning rate")
     decay_lr: bool = flag(True, "warm up, then decay along a cosine")
     warmup_iters: int = flag(50, "steps of warm-up")
@@ -60,8 +63,8 @@ class Run:
     beta2: float = flag(0.99, "AdamW's")
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = unlimited")
     grad_checkpoint: bool = flag(False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
-    eval_interval: int = flag(100, "steps between evaluations, each followed by a checkpoint")
-    eval_iters: int = flag(10, "batches of training and of validation data in an evaluation, all processes together")
+    eval_interval: int = flag(200, "steps between evaluations, each followed by a checkpoint")
+    eval_iters: int = flag(20, "batches of training and of validation data in an evaluation, all processes together")
     eval_only: bool = flag(False, "measure the validation data, all of it or --eval_iters batches, and stop", runtime=True)
     eval_stride: int = flag(None, "with --eval_only: tokens that a window scores, given all before [block_size]", runtime=True)
     benchmark: bool = flag(False, "time some steps, part by part, and stop; writes nothing", runtime=True)
@@ -74,7 +77,7 @@ class Run:
     compile: str = flag("auto", "torch.compile: auto, True, False", runtime=True)
     tensorboard: bool = flag(False, "log to out_dir/tensorboard too", runtime=True)
     wandb: bool = flag(False, "log to Weights & Biases too", runtime=True)
-    plot: str = flag(None, "only draw loss.svg of out_dir, or of the runs named: --plot=out1,out2", runtime=True)
+    plot: str = flag(None, "only draw: out_dir's loss.svg, or --plot=out1,out2 over each other in ./comparison.svg", runtime=True)
 
 
 # Without --init_from the model is small enough to learn something on a CPU in minutes. From trained weights the steps
@@ -124,10 +127,17 @@ class Team:
             store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
             dist.init_process_group(backend, timeout=timedelta(minutes=10), store=store, rank=self.rank, world_size=self.size)
             self.patient = dist.new_group(backend="gloo", timeout=timedelta(days=1))
+            dist.barrier(self.patient)                                     # who leaves early must not cut others' handshakes
 
     def say(self, *words):
         if self.chief:
             print(*words, flush=True)
+
+    def tell(self, **topics):
+        """A topic a line, wrapped where 80 columns end."""
+        for name, text in topics.items():
+            self.say(textwrap.fill(f"{name:10}{text}", 80, subsequent_indent=" " * 10, break_long_words=False,
+                                   break_on_hyphens=False))
 
     def agree(self, work):
         """work()'s result; if it fails in any process, all of them stop."""
@@ -237,8 +247,11 @@ class Tokens(Dataset):
             self[i]
 
     def fingerprint(self):
-        """Tells two data sets apart without reading them whole."""
-        return self.tokens, [zlib.crc32(np.ascontiguousarray(f[:: max(1, len(f) // 100)])) for f in self.files[:4]]
+        """Tells two data sets apart without reading them whole: tokens, and a checksum of some of each file and its size."""
+        crc = 0
+        for f in self.files:
+            crc = zlib.crc32(np.append(f[::max(1, len(f) // 20)], len(f)), crc)
+        return f"{self.tokens:,} tokens (checksum {crc:08x})"
 
     def __len__(self):
         return int(self.ends[-1])
@@ -458,7 +471,7 @@ def restore(optimizer, parameters, saved):
         if not state or any(getattr(state.get(key), "shape", None) != shape for key, shape in
                             (("step", ()), ("exp_avg", p.shape), ("exp_avg_sq", p.shape))):
             raise ValueError(f"training_state.pt has no optimizer state that fits {name}")
-        optimizer.state[p] = {"step": state["step"].clone().to(p.device)}
+        optimizer.state[p] = {"step": state["step"].clone().to(p.device if optimizer.defaults["fused"] else "cpu")}
         for key in ("exp_avg", "exp_avg_sq"):
             optimizer.state[p][key] = torch.zeros_like(p)
             fill(optimizer.state[p][key], state[key])
@@ -561,7 +574,7 @@ def peak_flops(device, dtype):
 
 def plot(out_dirs, path, over="step"):
     """Loss curves over steps or tokens, as an SVG that any browser opens, light or dark: training thin, validation with
-    dots."""
+    dots, and below them the legend, a line a run."""
     colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
     curves = []
     for i, out_dir in enumerate(out_dirs):
@@ -570,44 +583,50 @@ def plot(out_dirs, path, over="step"):
                       for name in ("loss", "val_loss"))
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
-        curves.append((os.path.basename(os.path.normpath(out_dir)), color, train, val))
+        n = math.ceil(len(train) / 640)                                    # of more points than pixels, the means
+        train = [tuple(np.mean(train[i:i + n], axis=0)) for i in range(0, len(train), n or 1)]
+        curves.append((os.path.normpath(out_dir), color, train, val))
     points = [p for _, _, train, val in curves for p in train + val]
     x1 = max(max(x for x, _ in points), 1)
-    low, high = min(y for _, y in points), max(y for _, y in points)
+    low = min(y for _, y in points)
+    high = max(y for x, y in points if x >= x1 / 20 or x1 < 1000)          # a long run's first drop is cut off
     low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-    X, Y, W, H = 64, 24, 640, 340                                          # the plot's place in a picture of 760 x 420
+    X, Y, W, H = 64, 16, 672, 340                                          # the plot's place in the picture
 
     def at(x, y):
         return f"{X + W * x / x1:.1f},{Y + H * (high - y) / (high - low):.1f}"
 
-    def ticks(lo, hi):
+    def ticks(lo, hi, least=0):
         size = 10 ** math.floor(math.log10(hi - lo))
-        size = next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (hi - lo) / (size * m) <= 7)
+        size = max(least, next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (hi - lo) / (size * m) <= 7))
         return [k * size for k in range(math.ceil(lo / size), math.floor(hi / size) + 1)]
-    svg = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 420" font-family="system-ui, sans-serif" font-size="12">',
+    svg = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {Y + H + 72 + 18 * len(curves)}" '
+           'font-family="system-ui, sans-serif" font-size="12">',
            "<style>svg{background:#fff} text{fill:#222} .grid{stroke:#ddd} .axis{stroke:#222} @media (prefers-color-scheme:dark)"
            "{svg{background:#14161a} text{fill:#ddd} .grid{stroke:#333} .axis{stroke:#ddd}}</style>"]
     for y in ticks(low, high):
         px, py = at(0, y).split(",")
         svg.append(f'<path class="grid" d="M{px},{py}h{W}"/>'
                    f'<text x="{X - 8}" y="{float(py) + 4:.1f}" text-anchor="end">{y:.4g}</text>')
-    for x in ticks(0, x1):
+    for x in ticks(0, x1, 1):
         px = at(x, low).split(",")[0]
         svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
     svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/>'
-               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">{over}</text>'
-               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>')
+               f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
+               f'{over}{"s" * (over == "step")} (thin: training, dots: validation)</text>'
+               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>'
+               f'<clipPath id="plot"><path d="M{X},{Y}h{W + 4}v{H + 4}h{-W - 4}"/></clipPath>')
     for i, (name, color, train, val) in enumerate(curves):
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
-        svg.append(line.format(1, 0.45, " ".join(at(*p) for p in train)))
-        svg.append(line.format(2, 1, " ".join(at(*p) for p in val)))
-        svg += [f'<circle cx="{p.split(",")[0]}" cy="{p.split(",")[1]}" r="3" fill="{color}"/>' for p in (at(*p) for p in val)]
-        best = f", best {min(y for _, y in val):.4f}" if val else ""
-        name = name.replace("&", "&amp;").replace("<", "&lt;")
-        y = Y + 16 + 18 * i
-        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X + W - 250},{y - 4}h24"/>'
-                   f'<circle cx="{X + W - 238}" cy="{y - 4}" r="3" fill="{color}"/>'
-                   f'<text x="{X + W - 218}" y="{y}">{name}: validation{best} (thin: training)</text>')
+        svg += ['<g clip-path="url(#plot)">', line.format(1, 0.55, " ".join(at(*p) for p in train)),
+                line.format(2, 1, " ".join(at(*p) for p in val))]
+        dot = f'<circle cx="{{}}" cy="{{}}" r="3" fill="{color}"/>'
+        svg += [*(dot.format(*at(*p).split(",")) for p in val if len(val) <= 100), "</g>"]
+        y = Y + H + 64 + 18 * i
+        name = ("…" + name[-60:] if len(name) > 60 else name).replace("&", "&amp;").replace("<", "&lt;")
+        best = f", best validation {min(y for _, y in val):.4f}" if val else ""
+        svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X},{y}h24"/>{dot.format(X + 12, y)}'
+                   f'<text x="{X + 32}" y="{y + 4}">{name}{best}</text>')
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write("\n".join(svg + ["</svg>\n"]))
     os.replace(path + ".part", path)
@@ -639,6 +658,10 @@ def choose_device(name, team):
         refuse("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
     elif device.type == "cpu":
         why += f", {torch.get_num_threads()} threads"
+        # glibc gives large freed blocks back to the system, which the next step then pays for, page by page: 7 % of a step
+        # of GPT-2 124M. So none by mmap (M_MMAP_MAX = -4), and keep what is free (M_TRIM_THRESHOLD = -1).
+        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+            mallopt(-4, 0), mallopt(-1, 2**31 - 1)
     return device, why
 
 
@@ -659,17 +682,21 @@ def choose_dtype(run, device):
 
 
 def choose_compile(run, device):
-    if run.compile.lower() in ("true", "1", "false", "0"):
-        return run.compile.lower() in ("true", "1"), "as asked"
-    if run.compile != "auto":
+    asked = run.compile.lower() in ("true", "1")
+    if run.compile.lower() in ("false", "0"):
+        return False, "as asked"
+    if not asked and run.compile != "auto":
         refuse(f"--compile={run.compile} must be auto, True or False")
-    if device.type != "cuda":
+    if not asked and device.type != "cuda":
         return False, f"it does not pay on {device.type}"
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        return True, "it works here"
+        return True, "as asked" if asked else "it works here"
     except Exception as e:                                                 # no Triton, no compiler: many things, many names
-        return False, f"it does not work here: {type(e).__name__}"
+        why = f"{type(e).__name__}: {e}".split("\n")[0][:100]
+        if asked:
+            refuse(f"--compile=True does not work here ({why}): leave it out")
+        return False, f"it does not work here ({why})"
 
 
 def learning_rate(run, step):
@@ -778,7 +805,7 @@ def choose_model(run, given, team, tokenizer):
     except ValueError as e:
         refuse(str(e))
     for note in notes:
-        team.say(f"changed   {note}; the model wants further training to make up for it")
+        team.tell(changed=f"{note}; the model wants further training to make up for it")
     reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
     if reads.to_json() != tokenizer.to_json():
         raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is "
@@ -943,7 +970,13 @@ def fit(team, given, run, state, device, why_device):
         del paths["train"]                                                 # it may be empty
     splits = team.agree(lambda: {split: Tokens(paths[split], config.block_size, config.vocab_size, counts.get(split))
                                  for split in paths})
-    team.same(f"the data in {folder} must be the same everywhere", {split: data.fingerprint() for split, data in splits.items()})
+    content = {split: data.fingerprint() for split, data in splits.items()}
+    team.same(f"the data in {folder} must be the same everywhere", content)
+    if state and not run.eval_only and (was := state.get("data", content)) != content:
+        split = next(split for split in content if was.get(split) != content[split])
+        raise Agreed(f"the {split} data in {folder} has changed since the checkpoint in {run.out_dir}: it had "
+                     f"{was.get(split)}, now {content[split]}: put back what was there, or begin another run from these "
+                     f"weights with --init_from={run.out_dir} --out_dir=...")
     T, micro_batches = config.block_size, run.gradient_accumulation_steps // team.size
     windows_per_step = run.batch_size * run.gradient_accumulation_steps
 
@@ -971,20 +1004,21 @@ def fit(team, given, run, state, device, why_device):
         team.agree(lambda: restore(optimizer, parameters, state["optimizer"]))
         if state["scaler"]:                                                # empty if that run was not in float16
             scaler.load_state_dict(state["scaler"])
-    state = weights = None                                                 # the mapped files may go
+        state.clear()                                                      # train() holds on to it
+    whole = weights = None                                                 # the mapped files may go: Windows locks them
 
-    team.say(f"device    {device}: {why_device}\nmode      {mode}: {why_mode}\n"
-             f"dtype     {str(dtype).removeprefix('torch.')}: {why_dtype}\ncompile   {compiled}: {why_compile}\n"
-             f"data      {run.dataset}: "
-             + (f"{splits['train'].tokens:,} training and " if "train" in splits else "")
-             + f"{splits['val'].tokens:,} validation tokens, vocabulary {tokenizer.vocab_size} "
-             f"({tokenizer.name})\n"
-             + (f"batch     {run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
-                f"{windows_per_step * T:,} tokens a step"
-                + (f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1))
-                + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps\n" if "train" in splits else "")
-             + f"model     {model.num_parameters():,} parameters, {config.n_layer} layers, "
-             + ", ".join([name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)] or ["plain GPT-2"]))
+    sizes = [f"{splits[split].tokens:,} {what}" for split, what in (("train", "training"), ("val", "validation"))
+             if split in splits]
+    team.tell(device=f"{device}: {why_device}", mode=f"{mode}: {why_mode}",
+              dtype=f"{str(dtype).removeprefix('torch.')}: {why_dtype}", compile=f"{compiled}: {why_compile}",
+              data=f"{run.dataset}: {' and '.join(sizes)} tokens, vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
+    if "train" in splits:
+        team.tell(batch=f"{run.batch_size} texts x {T} tokens x {run.gradient_accumulation_steps} accumulated = "
+                  f"{windows_per_step * T:,} tokens a step"
+                  + f", {micro_batches} of the {run.gradient_accumulation_steps} in each process" * (team.size > 1)
+                  + f"; an epoch is {len(splits['train']) / windows_per_step:,.1f} steps")
+    changes = [name for name in ("rope", "gqa", "sliding_window") if getattr(config, name)]
+    team.tell(model=f"{model.num_parameters():,} parameters, {config.n_layer} layers, {', '.join(changes) or 'plain GPT-2'}")
 
     if run.eval_only:
         stride = run.eval_stride or T
@@ -994,8 +1028,8 @@ def fit(team, given, run, state, device, why_device):
         if "eval_iters" in given:                                          # side by side they are those of `evaluate`
             spans = spans[spans[:, 3] - spans[:, 2] >= stride]
             spans = spans[np.linspace(0, len(spans) - 1, min(len(spans), run.eval_iters * run.batch_size)).astype(int)]
-        team.say(f"windows   {len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
-                 f"{T - stride + 1} or more")
+        team.tell(windows=f"{len(spans):,} of {T} tokens, {stride} apart: beyond the first, a token is predicted from "
+                          f"{T - stride + 1} or more")
         return measure(team, model, splits["val"], tokenizer, spans, run.batch_size, device, context)
 
     def losses_now():
@@ -1009,7 +1043,7 @@ def fit(team, given, run, state, device, why_device):
                              pin_memory=device.type == "cuda"))
 
     def next_batch():
-        return [t.to(device, non_blocking=True) for t in next(loader)]
+        return [t.to(device, non_blocking=device.type == "cuda") for t in next(loader)]  # MPS may read what is gone
     batch = next_batch()
 
     def gradients(mark=lambda part: None):
@@ -1043,11 +1077,12 @@ def fit(team, given, run, state, device, why_device):
     if run.benchmark:
         return benchmark(team, device, dtype, gradients, update, windows_per_step * T, 3 * config.flops_per_token())
 
-    where = f" --out_dir={shlex.quote(run.out_dir)}" if run.out_dir != Run.out_dir else ""
+    quoted = f'"{run.out_dir}"' if os.name == "nt" else shlex.quote(run.out_dir)
+    where = f" --out_dir={quoted}" if run.out_dir != Run.out_dir else ""
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if saved_step is None and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
-        team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
+        team.tell(kept=f"the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, saved_step) if team.chief else None)
 
     def record(**values):
@@ -1055,8 +1090,8 @@ def fit(team, given, run, state, device, why_device):
 
     def checkpoint(folder):
         save(team, folder, config, parameters, optimizer, tokenizer, {
-            "step": step, "windows": consumed, "best_val_loss": best, "best_step": best_step, "evaluated": evaluated,
-            "scaler": scaler.state_dict(),
+            "step": step, "windows": consumed, "data": content, "best_val_loss": best, "best_step": best_step,
+            "evaluated": evaluated, "scaler": scaler.state_dict(),
             "run": {k: v for k, v in asdict(run).items() if not RUN[k].metadata.get("runtime")}})
         return step
 
@@ -1125,7 +1160,7 @@ def fit(team, given, run, state, device, why_device):
             team.say(f"\nno step made the validation loss lower: the checkpoint in {run.out_dir} is the model that the run began "
                      "with. Try a lower --learning_rate")
         team.say(f"\nbest validation loss {best:.4f} (step {best_step}), {clock(time.time() - began)} of training; the curves "
-                 f"are in {os.path.join(run.out_dir, 'loss.svg')}. Sample with\n    python sample.py{where}")
+                 f"are in {os.path.join(run.out_dir, 'loss.svg')}\nSample with\n    python sample.py{where}")
     return signals.stopped
 
 
@@ -1153,7 +1188,7 @@ def main():
         out_dirs = [d for d in given.pop("plot").split(",") if d] or [given.pop("out_dir", Run.out_dir)]
         if given:
             refuse(f"--{min(given)} has no effect with --plot={','.join(out_dirs)}, which only draws")
-        path = os.path.join(out_dirs[0], "loss.svg")
+        path = "comparison.svg" if len(out_dirs) > 1 else os.path.join(out_dirs[0], "loss.svg")
         plot(out_dirs, path)
         return print(path)
     for name, cure in (("fsdp", "--fsdp shares one model among several processes: start them with torchrun --standalone "

@@ -1,14 +1,16 @@
 """
-Text to tokens. Each data set is a short function below; add one and it has a name here and in train.py --dataset=NAME.
+Text to tokens. Each data set is a short function below; add one and it has a
+name here and in train.py --dataset=NAME.
 
-    python data/prepare.py stdlib                 # the source of this Python's standard library, by characters
-    python data/prepare.py shakespeare_char       # nanoGPT's text, by characters
-    python data/prepare.py shakespeare            # the same in GPT-2's tokens
-    python data/prepare.py fineweb --shards=9     # FineWeb in GPT-2's tokens, ready made: 100 million in each shard
-    python data/prepare.py PATH... --name=mine    # your own files and folders: text, .jsonl, and .gz of either
+    python data/prepare.py stdlib               # Python's source, characters
+    python data/prepare.py shakespeare_char     # nanoGPT's text, by characters
+    python data/prepare.py shakespeare          # the same in GPT-2's tokens
+    python data/prepare.py fineweb --shards=9   # 100 million tokens each
+    python data/prepare.py PATH... --name=mine  # text, .jsonl, .gz of either
 
-Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT has them) and meta.json (the
-tokenizer); FineWeb's shards stay as they come, in llm.c's format. A run that was stopped goes on where it was.
+Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as nanoGPT
+has them) and meta.json (the tokenizer); FineWeb's shards stay as they come, in
+llm.c's format. A run that was stopped goes on where it was.
 """
 import argparse
 import codecs
@@ -27,6 +29,7 @@ import time
 import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 
 import numpy as np
 
@@ -68,7 +71,7 @@ class Tokenizer:
             except UnicodeEncodeError:                                     # half a surrogate pair, as JSON can hold it
                 return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
             except ValueError:                                             # more white space than tiktoken can go back
-                parts = re.split(r"(?<=\s)(?=[ \t\r\n]\S)", text)         # over, cut where it cuts anyway
+                parts = re.split(f"(?<=[{WHITE}])(?=[{WHITE}][^{WHITE}])", text)  # over, cut where it cuts anyway
                 if len(parts) == 1:
                     raise
                 return np.concatenate([self.encode(part) for part in parts])
@@ -110,6 +113,7 @@ class Tokenizer:
 
 
 UNKNOWN = 65535
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"  # Unicode's white space, as tiktoken sees it
 
 
 def codes(text):
@@ -286,7 +290,8 @@ def portions(files, read, val_frac, done):
     for i, path in enumerate(files[done[0]:], done[0]):
         number, portion, size = 0, [], 0
         for name, split, k, text, at in read_texts(path, read):
-            split = split or ("val" if zlib.crc32(name.encode("utf-8", "replace")) < val_frac * 2**32 else "train")
+            key = name.replace(os.sep, "/").encode("utf-8", "replace")
+            split = split or ("val" if zlib.crc32(key) < val_frac * 2**32 else "train")
             portion.append((split, text, k == 0))
             size += len(text)
             if size >= PORTION:
@@ -313,10 +318,11 @@ def in_order(work, items):
 
 def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
     """read(path, its text as a file) -> (a document's name, "train" | "val" | None, its text in pieces)... None: a hash
-    of the name decides, and where that leaves nothing for one of the two, the tail of all tokens is for validation.
+    of the name decides, or where documents are so few that it misses val_frac by far, the tail of all tokens.
 
-    All is written to NAME.part, which is moved into place whole. Its journal says how much of what is there counts, so
-    that a run that was stopped goes on, unless sources or settings have changed."""
+    All is read once before it is encoded, so that a bad line is told at once and not after hours. All is written to
+    NAME.part, which is moved into place whole. Its journal says how much of what is there counts, so that a run that was
+    stopped goes on, unless settings have changed, or a source that was read by then."""
     if os.path.exists(folder) and (others := set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}):
         raise ValueError(f"{folder} holds {min(others)!r} too, which would be lost: choose another --name, "
                          "or move it away")
@@ -324,13 +330,23 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
     nothing = ValueError(f"{name}: there is no text in what was given")
     if not any(map(os.path.getsize, files)):
         raise nothing
-    if tokenizer == "char":
-        seen, documents = np.zeros(0x110000, dtype=bool), 0
-        for path in files:
-            for _, split, k, text, _ in read_texts(path, read):
-                seen[codes(text)] = True
+    sources = [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
+    sizes = [size for _, size, _ in sources]
+    total = sum(sizes)
+
+    def check(first=0):
+        """Reads the files from the `first` on -> the characters, for their tokenizer, and the number of documents."""
+        seen, documents, before, progress = np.zeros(0x110000, dtype=bool), 0, sum(sizes[:first]), Progress(f"check {name}")
+        for path, size in zip(files[first:], sizes[first:], strict=True):
+            for _, split, k, text, at in read_texts(path, read):
+                if tokenizer == "char":
+                    seen[codes(text)] = True
                 documents += split is None and k == 0
-        characters = "".join(map(chr, np.flatnonzero(seen)))
+                progress.show(before + at, total)
+            before += size
+        return "".join(map(chr, np.flatnonzero(seen))), documents
+    if tokenizer == "char":
+        characters, documents = check()
         if not characters:
             raise nothing
         tokenizer = Tokenizer("char", characters, len(characters) if documents > 1 else None)
@@ -339,18 +355,23 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
         tokenizer.encode("")                                               # its files may be missing
     end = np.array([tokenizer.end_of_text] if tokenizer.end_of_text is not None else [], dtype=np.uint16)
 
-    sources = [(os.path.abspath(path), (stat := os.stat(path)).st_size, stat.st_mtime_ns) for path in files]
-    origin = hashlib.sha256(repr((sources, tokenizer.to_json(), val_frac, field, PORTION)).encode()).hexdigest()
+    # origins[n] tells the settings and the first n sources from others
+    origins = list(accumulate(sources, lambda origin, source: hashlib.sha256(f"{origin}{source}".encode()).hexdigest(),
+                              initial=repr((tokenizer.to_json(), val_frac, field, PORTION))))
     paths = {split: os.path.join(part, f"{split}.bin") for split in ("train", "val")}
     journal = os.path.join(part, "journal.json")
-    done, tokens = read_journal(journal, origin, paths) or ((0, 0), {"train": 0, "val": 0})
+    done, tokens = read_journal(journal, origins, paths) or ((0, 0), {"train": 0, "val": 0})
+    if tokenizer.name == "gpt2":
+        check(done[0])
     if done == (0, 0):
+        if os.path.exists(journal):
+            print(f"{name}: begins anew, since settings have changed, or a source of what is in {part}")
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
     else:
         print(f"{name}: goes on after the {sum(tokens.values()):,} tokens in {part}")
-    size, written, progress = sum(size for _, size, _ in sources), time.time(), Progress(name)
-    progress.show(sum(size for _, size, _ in sources[:done[0]]), size)
+    written, progress = time.time(), Progress(name)
+    progress.show(sum(sizes[:done[0]]), total)
 
     def encode(item):
         ids = {split: [] for split in paths}
@@ -358,41 +379,39 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
             ids[split] += [end[:begins], tokenizer.encode(text)]
         return {split: np.concatenate(arrays) for split, arrays in ids.items() if arrays}
 
-    try:
-        with open(paths["train"], "ab") as train, open(paths["val"], "ab") as val:
-            out = {"train": train, "val": val}
-            for split, f in out.items():
-                f.truncate(2 * tokens[split])
-            for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
-                for split, ids in encoded.items():
-                    if not tokens[split] and len(end):                     # not before the first document
-                        ids = ids[np.cumsum(ids != end) > 0]
-                    ids.astype("<u2").tofile(out[split])
-                    tokens[split] += len(ids)
-                progress.show(at, size)
-                if time.time() - written >= JOURNAL_EVERY:
-                    for f in out.values():
-                        f.flush()
-                        os.fsync(f.fileno())
-                    with open(journal + ".new", "w", encoding="utf-8") as f:
-                        json.dump({"origin": origin, "done": place, "tokens": tokens}, f)
-                    os.replace(journal + ".new", journal)
-                    written = time.time()
-        if not any(tokens.values()):
-            raise nothing
-    except ValueError:                                                     # going on would end here again
+    with open(paths["train"], "ab") as train, open(paths["val"], "ab") as val:
+        out = {"train": train, "val": val}
+        for split, f in out.items():
+            f.truncate(2 * tokens[split])
+        for (place, at, _), encoded in in_order(encode, portions(files, read, val_frac, done)):
+            for split, ids in encoded.items():
+                if not tokens[split] and len(end):                         # not before the first document
+                    ids = ids[np.cumsum(ids != end) > 0]
+                ids.astype("<u2").tofile(out[split])
+                tokens[split] += len(ids)
+            progress.show(at, total)
+            if time.time() - written >= JOURNAL_EVERY:
+                for f in out.values():
+                    f.flush()
+                    os.fsync(f.fileno())
+                with open(journal + ".new", "w", encoding="utf-8") as f:
+                    json.dump({"origin": origins[place[0] + (place[1] > 0)], "done": place, "tokens": tokens}, f)
+                os.replace(journal + ".new", journal)
+                written = time.time()
+    if not any(tokens.values()):
         shutil.rmtree(part)
-        raise
-    if not all(tokens.values()):
-        if not tokens["train"]:
-            os.replace(paths["val"], paths["train"])
-        total = sum(tokens.values())
-        cut = int(total * (1 - val_frac))
+        raise nothing
+    if not all(tokens.values()) or not 0.25 <= tokens["val"] / sum(tokens.values()) / val_frac <= 4:
+        with open(paths["train"], "ab") as train, open(paths["val"], "rb") as val:
+            train.write(end.astype("<u2").tobytes() * all(tokens.values()))
+            shutil.copyfileobj(val, train)
+            count = train.tell() // 2
+        cut = int(count * (1 - val_frac))
         with open(paths["train"], "r+b") as train, open(paths["val"], "wb") as val:
             train.seek(2 * cut)
             shutil.copyfileobj(train, val)
             train.truncate(2 * cut)
-        tokens = {"train": cut, "val": total - cut}
+        tokens = {"train": cut, "val": count - cut}
     with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
         json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
     if os.path.exists(journal):
@@ -403,14 +422,16 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, field=None):
           f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
 
 
-def read_journal(path, origin, files):
+def read_journal(path, origins, files):
     """-> (what is done, {split: tokens}), or None where there is nothing to go on with."""
     try:
         with open(path, encoding="utf-8") as f:
             found = json.load(f)
-        if found["origin"] == origin and all(os.path.getsize(files[k]) >= 2 * n for k, n in found["tokens"].items()):
-            return tuple(found["done"]), found["tokens"]
-    except (OSError, ValueError, KeyError, TypeError):
+        finished, begun = found["done"]
+        if found["origin"] == origins[finished + (begun > 0)] and all(os.path.getsize(files[k]) >= 2 * n
+                                                                      for k, n in found["tokens"].items()):
+            return (finished, begun), found["tokens"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 
@@ -491,6 +512,8 @@ def refuse(message):
 
 def guarded(main):
     """Runs main(); what a user can mend ends with one line and exit code 1, not with a traceback."""
+    if hasattr(sys.stdout, "reconfigure"):                                 # not in a notebook
+        sys.stdout.reconfigure(errors="replace")                           # a character that this console lacks
     try:
         main()
     except KeyboardInterrupt:
