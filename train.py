@@ -1082,7 +1082,7 @@ def fit(team, given, run, state, device, why_device):
     again = (f"torchrun --standalone --nproc_per_node={team.size}" if team.distributed else "python") \
         + " train.py" + " --fsdp" * run.fsdp + " --init_from=resume" + where
     if saved_step is None and (kept := team.agree(lambda: set_aside(run.out_dir) if team.chief else None)):
-        team.tell(kept=f"the run that was in {run.out_dir} was moved to {kept}")
+        team.say(f"kept      the run that was in {run.out_dir} was moved to {kept}")
     log = team.agree(lambda: Log(run, config, saved_step) if team.chief else None)
 
     def record(**values):

@@ -1,11 +1,11 @@
 """
 Makes the README's table and picture of what each change to the attention costs and brings:
 
-    python .github/evidence.py            # about an hour on two cores; stopped and started at will
+    python .github/evidence.py            # half an hour on two cores; stopped and started at will
     python .github/evidence.py --train    # only the training runs, whose losses do not depend on how busy the machine is
     python .github/evidence.py --measure  # only the table; for its speeds the machine should have nothing else to do
 
-Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 2,000 steps) on tinyshakespeare, three seeds.
+Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 1,000 steps) on tinyshakespeare, three seeds.
 Cost: GPT-2 124M's shape with random weights, in float32, the variants taking turns.
 """
 import os
@@ -26,8 +26,8 @@ from train import Tokens, plot  # noqa: E402
 VARIANTS = {"plain": [], "rope": ["rope"], "gqa": ["gqa"], "sliding_window": ["sliding_window"],
             "all three": ["rope", "gqa", "sliding_window"]}
 SEEDS = (1, 2, 3)
-RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=2000 "
-          "--gradient_accumulation_steps=1 --learning_rate=1e-3 --warmup_iters=100 --eval_interval=250 --eval_iters=50 "
+RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=1000 "
+          "--gradient_accumulation_steps=1 --learning_rate=1e-3 --warmup_iters=100 --eval_interval=125 --eval_iters=50 "
           "--log_interval=50 --init_from=auto").split()
 
 

@@ -269,7 +269,7 @@ def json_lines(path, f, field):
         except (ValueError, RecursionError):
             record = None
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: "
+            raise ValueError(f"{path}, line {number}: no JSON object with a text {field!r}: mend it, or "
                              "name the field with --field")
         yield f"{path}:{number}", None, [record[field]]
 
