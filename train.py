@@ -573,24 +573,33 @@ def peak_flops(device, dtype):
 
 
 def plot(out_dirs, path, over="step"):
-    """Loss curves over steps or tokens, as an SVG that any browser opens, light or dark: training thin, validation with
-    dots, and below them the legend, a line a run."""
-    colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
+    """Loss curves over steps or tokens: training thin, validation with dots."""
     curves = []
-    for i, out_dir in enumerate(out_dirs):
-        records, color = read_metrics(out_dir), colors[i % len(colors)]
+    for out_dir in out_dirs:
+        records = read_metrics(out_dir)
         train, val = ([(r[over], r[name]) for r in records if math.isfinite(r.get(name, math.inf))]
                       for name in ("loss", "val_loss"))
         if not train and not val:
             raise ValueError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train first")
         n = math.ceil(len(train) / 640)                                    # of more points than pixels, the means
         train = [tuple(np.mean(train[i:i + n], axis=0)) for i in range(0, len(train), n or 1)]
-        curves.append((os.path.normpath(out_dir), color, train, val))
-    points = [p for _, _, train, val in curves for p in train + val]
-    x1 = max(max(x for x, _ in points), 1)
+        name = os.path.normpath(out_dir)
+        name = "…" + name[-60:] if len(name) > 60 else name
+        curves.append((name + (f", best validation {min(y for _, y in val):.4f}" if val else ""), train, val))
+    points = [p for _, train, val in curves for p in train + val]
+    x1 = max(x for x, _ in points)
     low = min(y for _, y in points)
     high = max(y for x, y in points if x >= x1 / 20 or x1 < 1000)          # a long run's first drop is cut off
-    low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
+    room = 0.05 * (high - low or 1)
+    draw(path, curves, f"{over}{'s' * (over == 'step')} (thin: training, dots: validation)", "loss (nats per token)",
+         low - room, high + room)
+
+
+def draw(path, curves, x_axis, y_axis, low, high):
+    """An SVG that any browser opens, light or dark. Of each curve, (name, points, points to mark with dots), a line in the
+    legend; points are (x, y), y from `low` to `high`."""
+    colors = ["#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a"]
+    x1 = max(max(x for _, thin, marked in curves for x, _ in thin + marked), 1)
     X, Y, W, H = 64, 16, 672, 340                                          # the plot's place in the picture
 
     def at(x, y):
@@ -613,20 +622,19 @@ def plot(out_dirs, path, over="step"):
         svg.append(f'<path class="grid" d="M{px},{Y}v{H}"/><text x="{px}" y="{Y + H + 18}" text-anchor="middle">{x:,.10g}</text>')
     svg.append(f'<path class="axis" fill="none" d="M{X},{Y}v{H}h{W}"/>'
                f'<text x="{X + W / 2}" y="{Y + H + 40}" text-anchor="middle">'
-               f'{over}{"s" * (over == "step")} (thin: training, dots: validation)</text>'
-               f'<text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">loss (nats per token)</text>'
+               f'{x_axis}</text><text transform="translate(16 {Y + H / 2}) rotate(-90)" text-anchor="middle">{y_axis}</text>'
                f'<clipPath id="plot"><path d="M{X},{Y}h{W + 4}v{H + 4}h{-W - 4}"/></clipPath>')
-    for i, (name, color, train, val) in enumerate(curves):
+    for i, (name, thin, marked) in enumerate(curves):
+        color = colors[i % len(colors)]
         line = f'<polyline fill="none" stroke="{color}" stroke-width="{{}}" stroke-opacity="{{}}" points="{{}}"/>'
-        svg += ['<g clip-path="url(#plot)">', line.format(1, 0.55, " ".join(at(*p) for p in train)),
-                line.format(2, 1, " ".join(at(*p) for p in val))]
+        svg += ['<g clip-path="url(#plot)">', line.format(1, 0.55, " ".join(at(*p) for p in thin)),
+                line.format(2, 1, " ".join(at(*p) for p in marked))]
         dot = f'<circle cx="{{}}" cy="{{}}" r="3" fill="{color}"/>'
-        svg += [*(dot.format(*at(*p).split(",")) for p in val if len(val) <= 100), "</g>"]
+        svg += [*(dot.format(*at(*p).split(",")) for p in marked if len(marked) <= 100), "</g>"]
         y = Y + H + 64 + 18 * i
-        name = ("…" + name[-60:] if len(name) > 60 else name).replace("&", "&amp;").replace("<", "&lt;")
-        best = f", best validation {min(y for _, y in val):.4f}" if val else ""
+        name = name.replace("&", "&amp;").replace("<", "&lt;")
         svg.append(f'<path stroke="{color}" stroke-width="2" d="M{X},{y}h24"/>{dot.format(X + 12, y)}'
-                   f'<text x="{X + 32}" y="{y + 4}">{name}{best}</text>')
+                   f'<text x="{X + 32}" y="{y + 4}">{name}</text>')
     with open(path + ".part", "w", encoding="utf-8") as f:
         f.write("\n".join(svg + ["</svg>\n"]))
     os.replace(path + ".part", path)

@@ -1,14 +1,16 @@
 """
-Makes the README's table and picture of what each change to the attention costs and brings:
+Makes the README's tables and pictures of what the changes to the attention bring, and of how cost grows:
 
-    python .github/evidence.py            # half an hour on two cores; stopped and started at will
+    python .github/evidence.py            # everything: an hour on two cores; stopped and started at will
     python .github/evidence.py --train    # only the training runs, whose losses do not depend on how busy the machine is
-    python .github/evidence.py --measure  # only the table; for its speeds the machine should have nothing else to do
+    python .github/evidence.py --measure  # the table of the changes; for its speeds the machine should be idle
+    python .github/evidence.py --scale    # speed over the context, over processes, over the size of the model
 
 Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 1,000 steps) on tinyshakespeare, three seeds.
-Cost: GPT-2 124M's shape with random weights, in float32, the variants taking turns.
+Cost: GPT-2's shapes with random weights, in float32, the variants taking turns; training is forward and backward.
 """
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -21,7 +23,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 from model import GPT2, GPT2Config  # noqa: E402
-from train import Tokens, plot  # noqa: E402
+from train import Team, Tokens, choose_device, draw, plot  # noqa: E402
 
 VARIANTS = {"plain": [], "rope": ["rope"], "gqa": ["gqa"], "sliding_window": ["sliding_window"],
             "all three": ["rope", "gqa", "sliding_window"]}
@@ -32,7 +34,7 @@ RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --bloc
 
 
 def out_dir(name, seed):
-    return os.path.join(ROOT, "out-evidence", f"{name.replace(' ', '-')}-{seed}")
+    return os.path.join("out-evidence", f"{name.replace(' ', '-')}-{seed}")
 
 
 def train(name, seed):
@@ -67,45 +69,115 @@ def quality(name):
     return found
 
 
-def costs(rounds=3):
-    """-> {name: [training, decoding after 32 tokens, after 768 tokens]} in tokens per second, medians of the rounds."""
-    models = {name: GPT2(GPT2Config(**dict.fromkeys(flags, True)), seed=0) for name, flags in VARIANTS.items()}
-    times = {name: ([], [], []) for name in models}
-    idx = torch.randint(50257, (1, 1024), generator=torch.Generator().manual_seed(0))
+def training(model, length):
+    """Tokens per second, forward and backward, of one text."""
+    idx = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    began = time.perf_counter()
+    model(idx, idx)[1].backward()
+    model.zero_grad(set_to_none=True)
+    return length / (time.perf_counter() - began)
+
+
+def decoding(model, length, new=24):
+    """Tokens per second of one text after a prompt of `length`."""
+    idx = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    stream = model.stream(idx, new + 1, temperature=0)
+    next(stream)                                                           # reads the prompt
+    began = time.perf_counter()
+    return sum(1 for _ in stream) / (time.perf_counter() - began)
+
+
+def medians(jobs, rounds=3):
+    """{name: function} -> {name: median of its results}, the jobs taking turns."""
+    results = {name: [] for name in jobs}
     for _ in range(rounds):
-        for name, model in models.items():
-            began = time.perf_counter()
-            model(idx, idx)[1].backward()
-            times[name][0].append(1024 / (time.perf_counter() - began))
-            model.zero_grad(set_to_none=True)
-            for kept, prompt in ((times[name][1], 32), (times[name][2], 768)):
-                stream = model.stream(idx[:, :prompt], 25, temperature=0)
-                next(stream)                                               # reads the prompt
-                began = time.perf_counter()
-                kept.append(sum(1 for _ in stream) / (time.perf_counter() - began))
-    return {name: [statistics.median(t) for t in three] for name, three in times.items()}
+        for name, job in jobs.items():
+            results[name].append(job())
+    return {name: statistics.median(found) for name, found in results.items()}
+
+
+def table(head, rows):
+    print("\n" + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]), flush=True)
+
+
+def changes():
+    models = {name: GPT2(GPT2Config(**dict.fromkeys(flags, True)), seed=0) for name, flags in VARIANTS.items()}
+    speed = medians({(name, what): job for name, model in models.items() for what, job in {
+        "training": lambda m=model: training(m, 1024), 32: lambda m=model: decoding(m, 32),
+        768: lambda m=model: decoding(m, 768)}.items()})
+    rows = []
+    for name, model in models.items():
+        c = model.config
+        losses = [f"{v[0]:.3f} ± {v[1]:.3f}" if v else "cannot" for v in quality(name).values()]
+        rows.append([name, f"{model.num_parameters() / 1e6:.1f} M", f"{c.flops_per_token() / 1e6:.0f}",
+                     f"{c.cache_bytes(1, 2):,}", f"{c.cache_bytes(c.block_size, 2) / 1e6:.1f} MB",
+                     f"{speed[name, 'training']:.0f}", *(f"{speed[name, n]:.1f}" for n in (32, 768)), *losses])
+    table(["", "parameters", "MFLOPs a token", "cache, B a token", "cache, full", "training, tok/s", "decoding at 32", "at 768",
+           "loss at 64", "at 128", "at 256"], rows)
+
+
+def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
+    """GPT-2 124M with full attention and with a window of 256."""
+    found = {}
+    for T in contexts:
+        jobs = {}
+        for kind, flags in (("full", {}), ("window", dict(sliding_window=True, window_size=min(T, 256)))):
+            model = GPT2(GPT2Config(block_size=T, **flags), seed=0)
+            jobs[kind, "training", T] = lambda m=model, T=T: training(m, T)
+            jobs[kind, "decoding", T] = lambda m=model, T=T: decoding(m, T - 25)
+        found |= medians(jobs)
+    kinds = [(kind, what) for what in ("training", "decoding") for kind in ("full", "window")]
+    table(["context", *(f"{what}, {kind}" for kind, what in kinds)],
+          [[f"{T:,}", *(f"{found[kind, what, T]:.0f}" if what == "training" else f"{found[kind, what, T]:.1f}"
+                        for kind, what in kinds)] for T in contexts])
+    draw(os.path.join(HERE, "context.svg"),
+         [(f"{what}, {'full attention' if kind == 'full' else 'window of 256'}", [],
+           [(T, found[kind, what, T]) for T in contexts]) for kind, what in kinds],
+         "context (tokens)", "tokens per second", 0, 1.05 * max(found.values()))
+
+
+def over_processes():
+    """The default run, `python train.py`, a thread a process."""
+    def speed(processes, *flags):
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+        out = subprocess.run([sys.executable, *launch, "train.py", "--benchmark", *flags], capture_output=True, text=True,
+                             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+        return float(re.search(r"([\d,]+) tokens per second", out)[1].replace(",", ""))
+    found = medians({(n, mode): lambda n=n, mode=mode: speed(n, *mode) for n, mode in (
+        (1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))})
+    table(["processes", "mode", "tok/s", "of one process"],
+          [[n, "FSDP" if mode else "DDP" if n > 1 else "one device", f"{v:,.0f}", f"{v / found[1, ()]:.2f} x"]
+           for (n, mode), v in found.items()])
+
+
+def over_size():
+    """OpenAI's four sizes."""
+    rows = []
+    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)):
+        model = GPT2(GPT2Config(n_layer=layers, n_head=heads, n_embd=width), seed=0)
+        found = medians({"training": lambda: training(model, 256), "decoding": lambda: decoding(model, 32)})  # noqa: B023
+        parameters = model.num_parameters()
+        rows.append([f"{parameters / 1e6:,.0f} M", f"{found['training']:.0f}", f"{found['decoding']:.1f}",
+                     f"{6 * parameters * found['training'] / 1e9:.0f}", f"{4 * parameters * found['decoding'] / 1e9:.1f}"])
+    table(["parameters", "training, tok/s", "decoding, tok/s", "training, GFLOP/s", "decoding, GB/s of weights"], rows)
 
 
 def main():
-    what = set(sys.argv[1:]) or {"--train", "--measure"}
-    if what - {"--train", "--measure"}:
+    what = set(sys.argv[1:]) or {"--train", "--measure", "--scale"}
+    if what - {"--train", "--measure", "--scale"}:
         sys.exit(__doc__)
+    os.chdir(ROOT)
+    choose_device("cpu", Team())                                           # sets memory up as training does
     if "--train" in what:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda job: train(*job), [(name, seed) for seed in SEEDS for name in VARIANTS]))
         plot([out_dir(name, SEEDS[0]) for name in VARIANTS], os.path.join(HERE, "variants.svg"), over="tokens")
     if "--measure" in what:
-        speed = costs()
-        print("| | parameters | MFLOPs a token | cache, B a token | cache, full | training, tok/s | decoding at 32 | at 768 "
-              "| loss at 64 | at 128 | at 256 |\n|---|---|---|---|---|---|---|---|---|---|---|")
-        for name, flags in VARIANTS.items():
-            c = GPT2Config(**dict.fromkeys(flags, True))
-            with torch.device("meta"):
-                parameters = GPT2(c).num_parameters()
-            losses = [f"{v[0]:.3f} ± {v[1]:.3f}" if v else "cannot" for v in quality(name).values()]
-            print(f"| {name} | {parameters / 1e6:.1f} M | {c.flops_per_token() / 1e6:.0f} | {c.cache_bytes(1, 2):,} | "
-                  f"{c.cache_bytes(c.block_size, 2) / 1e6:.1f} MB | {speed[name][0]:.0f} | {speed[name][1]:.1f} | "
-                  f"{speed[name][2]:.1f} | " + " | ".join(losses) + " |")
+        changes()
+    if "--scale" in what:
+        over_size()
+        over_processes()
+        over_context()
 
 
 if __name__ == "__main__":
