@@ -1,5 +1,6 @@
 """
-Makes the README's tables and pictures of what the changes to the attention bring, and of how cost grows:
+Makes the README's tables and pictures of what the changes to the attention bring, and of how cost grows. The runs lie
+in out-evidence/; the pictures beside this file.
 
     python .github/evidence.py            # everything: an hour on two cores; stopped and started at will
     python .github/evidence.py --train    # only the training runs, whose losses do not depend on how busy the machine is
@@ -21,6 +22,7 @@ import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
+TEXT = os.path.join(ROOT, "data", "shakespeare_char", "val.bin")
 sys.path.insert(0, ROOT)
 from model import GPT2, GPT2Config  # noqa: E402
 from train import Team, Tokens, choose_device, draw, plot  # noqa: E402
@@ -50,7 +52,7 @@ def train(name, seed):
 @torch.no_grad()
 def loss_at(model, length):
     """Mean loss over the validation text, cut into windows of `length`."""
-    data = Tokens([os.path.join(ROOT, "data", "shakespeare_char", "val.bin")], length, model.config.vocab_size)
+    data = Tokens([TEXT], length, model.config.vocab_size)
     total = count = 0
     for first in range(0, len(data), 64):
         x, y = data.__getitems__(list(range(first, min(first + 64, len(data)))))
@@ -105,15 +107,16 @@ def changes():
     speed = medians({(name, what): job for name, model in models.items() for what, job in {
         "training": lambda m=model: training(m, 1024), 32: lambda m=model: decoding(m, 32),
         768: lambda m=model: decoding(m, 768)}.items()})
-    rows = []
+    costs, losses = [], []
     for name, model in models.items():
         c = model.config
-        losses = [f"{v[0]:.3f} ± {v[1]:.3f}" if v else "cannot" for v in quality(name).values()]
-        rows.append([name, f"{model.num_parameters() / 1e6:.1f} M", f"{c.flops_per_token() / 1e6:.0f}",
-                     f"{c.cache_bytes(1, 2):,}", f"{c.cache_bytes(c.block_size, 2) / 1e6:.1f} MB",
-                     f"{speed[name, 'training']:.0f}", *(f"{speed[name, n]:.1f}" for n in (32, 768)), *losses])
-    table(["", "parameters", "MFLOPs a token", "cache, B a token", "cache, full", "training, tok/s", "decoding at 32", "at 768",
-           "loss at 64", "at 128", "at 256"], rows)
+        costs.append([name, f"{model.num_parameters() / 1e6:.1f} M", f"{c.flops_per_token() / 1e6:.0f} M",
+                      f"{c.cache_bytes(1, 2):,} B", f"{c.cache_bytes(c.block_size, 2) / 1e6:.1f} MB",
+                      f"{speed[name, 'training']:.0f}", *(f"{speed[name, n]:.1f}" for n in (32, 768))])
+        losses.append([name, *(f"{v[0]:.3f} ± {v[1]:.3f}" if v else "cannot" for v in quality(name).values())])
+    table(["GPT-2 124M", "parameters", "FLOPs a token", "cache a token", "cache of 1,024", "training, tok/s",
+           "decoding after 32, tok/s", "after 768"], costs)
+    table(["validation loss", "at 64 tokens", "at 128", "at 256"], losses)
 
 
 def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
@@ -140,7 +143,7 @@ def over_processes():
     """The default run, `python train.py`, a thread a process."""
     def speed(processes, *flags):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        out = subprocess.run([sys.executable, *launch, "train.py", "--benchmark", *flags], capture_output=True, text=True,
+        out = subprocess.run([sys.executable, *launch, os.path.join(ROOT, "train.py"), "--benchmark", *flags], capture_output=True, text=True,
                              check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
         return float(re.search(r"([\d,]+) tokens per second", out)[1].replace(",", ""))
     found = medians({(n, mode): lambda n=n, mode=mode: speed(n, *mode) for n, mode in (
@@ -150,10 +153,10 @@ def over_processes():
            for (n, mode), v in found.items()])
 
 
-def over_size():
-    """OpenAI's four sizes."""
+def over_size(shapes=((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))):
+    """OpenAI's four sizes: layers, heads, width."""
     rows = []
-    for layers, heads, width in ((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)):
+    for layers, heads, width in shapes:
         model = GPT2(GPT2Config(n_layer=layers, n_head=heads, n_embd=width), seed=0)
         found = medians({"training": lambda: training(model, 256), "decoding": lambda: decoding(model, 32)})  # noqa: B023
         parameters = model.num_parameters()
@@ -166,7 +169,6 @@ def main():
     what = set(sys.argv[1:]) or {"--train", "--measure", "--scale"}
     if what - {"--train", "--measure", "--scale"}:
         sys.exit(__doc__)
-    os.chdir(ROOT)
     choose_device("cpu", Team())                                           # sets memory up as training does
     if "--train" in what:
         with ThreadPoolExecutor(2) as pool:
