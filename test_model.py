@@ -7,6 +7,7 @@ import ctypes
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import io
 import itertools
 import json
@@ -48,6 +49,7 @@ from data import prepare
 from model import (
     GPT2,
     AttentionHead,
+    GELULinear,
     GPT2Config,
     KVCache,
     Linear,
@@ -195,14 +197,22 @@ def test_joined_loss_is_the_plain_loss(dtype, rows, tolerance):
         assert_close(a.float(), b.float(), tolerance * b.abs().max().item())
 
 
-def test_gelu_is_the_tanh_one():
-    """The exact GELU, or a slope that is off: against torch in float64, from the flat side to the straight one."""
-    x = torch.cat((torch.linspace(-12, 12, 999), torch.tensor([-1e4, 0, 1e4]))).requires_grad_()
-    y, expected = gelu(x), F.gelu(x.double(), approximate="tanh")
-    assert_close(y[:999], expected[:999].float(), 2e-6)
-    slope, expected_slope = (torch.autograd.grad(z.sum(), x)[0] for z in (y, expected))
-    assert_close(slope, expected_slope, 2e-6)
-    assert y[999:].tolist() == [0, 0, 1e4]
+@pytest.mark.parametrize("bias", [True, False])
+def test_gelu_is_the_tanh_one(bias):
+    """The exact GELU, or gradients that are off: against torch in float64, from the flat side to the straight one."""
+    x = torch.linspace(-12, 12, 1002).view(2, 167, 3).requires_grad_()
+    w = torch.randn(4, 3, requires_grad=True)
+    b = torch.randn(4, requires_grad=True) if bias else None
+    inputs = (x, w, b)[:2 + bias]
+    got = GELULinear.apply(x, w, b)
+    expected = F.linear(F.gelu(x.double(), approximate="tanh"), w.double(), b.double() if bias else None)
+    assert_close(got, expected.float(), 3e-6 * expected.abs().max().item())
+    weights = torch.randn(got.shape)
+    for ours, theirs in zip(torch.autograd.grad(got, inputs, weights), torch.autograd.grad(expected, inputs, weights.double()),
+                            strict=True):
+        assert_close(ours, theirs, 3e-6 * theirs.abs().max().item())
+    far = torch.tensor([-1e4, 0, 1e4])
+    assert GELULinear.apply(far, torch.eye(3), None).tolist() == gelu(far).tolist() == [0, 0, 1e4]
 
 
 @pytest.mark.parametrize("flash", [False, True])
@@ -2419,6 +2429,42 @@ def test_readme_commands(tmp_path):
         run(script, *argv, folder=tmp_path, ranks=ranks)
         ran += 1
     assert ran >= 15
+
+
+def test_evidence(tmp_path, monkeypatch, capsys):
+    """The README's other command, on models of nothing: a table or a picture that is not made, or holds other numbers."""
+    spec = importlib.util.spec_from_file_location("evidence", HERE / ".github/evidence.py")
+    evidence = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(evidence)
+    (tmp_path / "book.txt").write_text(TEXT)
+    prepare.own(str(tmp_path / "chars"), [str(tmp_path / "book.txt")], "char")
+    tiny = dict(n_layer=1, n_head=4, n_embd=32)
+    small = [*flags(dataset=tmp_path / "chars", block_size=8, batch_size=2, **tiny), "--gradient_accumulation_steps=1"]
+    for name, value in (
+            ("HERE", str(tmp_path)), ("TEXT", str(tmp_path / "chars/val.bin")), ("SEEDS", (1, 2)), ("DEFAULT", small),
+            ("RECIPE", [*small, *flags(max_iters=3, eval_interval=3, eval_iters=1, init_from="auto")]),
+            ("VARIANTS", {"plain": [], "all three": ["rope", "gqa", "sliding_window"]}),
+            ("GPT2Config", lambda **given: GPT2Config(**given | tiny | dict(vocab_size=50)))):
+        monkeypatch.setattr(evidence, name, value)
+    for name, arguments in (("over_size", dict(shapes=[(1, 4, 32)])), ("over_processes", dict(modes=[(1, ())])),
+                            ("over_context", dict(contexts=(32, 64))), ("medians", dict(rounds=1))):
+        monkeypatch.setattr(evidence, name, partial(getattr(evidence, name), **arguments))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evidence.py"])
+    evidence.main()
+    tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
+              for block in capsys.readouterr().out.split("\n\n")[1:]]
+    costs, losses, size, processes, context = tables
+    assert [len(t) for t in tables] == [4, 4, 3, 3, 4] and {len({len(row) for row in t}) for t in tables} == {1}
+    for row, (name, options) in zip(losses[2:], evidence.VARIANTS.items(), strict=True):
+        trained = [GPT2.from_pretrained(f"out-evidence/{name.replace(' ', '-')}-{seed}").config for seed in (1, 2)]
+        assert row[0] == name and all(c.rope == c.gqa == c.sliding_window == bool(options) for c in trained)
+        assert (row[2:] == ["cannot"] * 2) == (not options)
+        assert abs(float(row[1].split()[0]) - math.log(trained[0].vocab_size)) < 0.5
+    plain, changed = costs[2:]
+    assert plain[3] == f"{2 * 32 * 2:,} B" and changed[3] == f"{2 * 8 * 2:,} B" and float(processes[2][3].split()[0]) == 1
+    for picture in ("variants.svg", "context.svg"):
+        xml.etree.ElementTree.parse(tmp_path / picture)
 
 
 def test_readme_is_whole():

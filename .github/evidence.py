@@ -33,6 +33,8 @@ SEEDS = (1, 2, 3)
 RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=1000 "
           "--gradient_accumulation_steps=1 --learning_rate=1e-3 --warmup_iters=100 --eval_interval=125 --eval_iters=50 "
           "--log_interval=50 --init_from=auto").split()
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
+DEFAULT = []                                                               # the default run's own flags
 
 
 def out_dir(name, seed):
@@ -45,7 +47,7 @@ def train(name, seed):
     with open(os.path.join(folder, "log.txt"), "a") as log:
         subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *RECIPE, f"--seed={seed}", f"--out_dir={folder}",
                         *(f"--{flag}" for flag in VARIANTS[name])], stdout=log, stderr=log, check=True,
-                       env={**os.environ, "OMP_NUM_THREADS": "1"})
+                       env=ONE_THREAD)
     print(f"trained {name}, seed {seed}", flush=True)
 
 
@@ -139,18 +141,17 @@ def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
          "context (tokens)", "tokens per second", 0, 1.05 * max(found.values()))
 
 
-def over_processes():
-    """The default run, `python train.py`, a thread a process."""
+def over_processes(modes=((1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))):
+    """The default run, `python train.py`, a thread a process; modes: how many, and flags."""
     def speed(processes, *flags):
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        out = subprocess.run([sys.executable, *launch, os.path.join(ROOT, "train.py"), "--benchmark", *flags], capture_output=True, text=True,
-                             check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}).stdout
+        command = [sys.executable, *launch, os.path.join(ROOT, "train.py"), "--benchmark", *DEFAULT, *flags]
+        out = subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True, text=True).stdout
         return float(re.search(r"([\d,]+) tokens per second", out)[1].replace(",", ""))
-    found = medians({(n, mode): lambda n=n, mode=mode: speed(n, *mode) for n, mode in (
-        (1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))})
+    found = medians({(n, flags): lambda n=n, flags=flags: speed(n, *flags) for n, flags in modes})
     table(["processes", "mode", "tok/s", "of one process"],
-          [[n, "FSDP" if mode else "DDP" if n > 1 else "one device", f"{v:,.0f}", f"{v / found[1, ()]:.2f} x"]
-           for (n, mode), v in found.items()])
+          [[n, "FSDP" if flags else "DDP" if n > 1 else "one device", f"{v:,.0f}", f"{v / found[1, ()]:.2f} x"]
+           for (n, flags), v in found.items()])
 
 
 def over_size(shapes=((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))):
