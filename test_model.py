@@ -1336,6 +1336,15 @@ def shard(tokens, magic=20240520, version=1, claimed=None):
 GOOD = list(range(50)) * 4
 
 
+@pytest.mark.parametrize("content", [shard(GOOD, magic=0), shard(GOOD, magic=1)[:700] + b"x" + shard(GOOD)[701:], shard(GOOD)[:8],
+                                     shard(GOOD)[:2], b""])
+def test_damaged_shards_are_no_raw_tokens(tmp_path, content):
+    """A file with the name of llm.c's shards, but its header damaged, taken for raw tokens."""
+    (tmp_path / "fineweb_train_000001.bin").write_bytes(content)
+    with pytest.raises(ValueError, match="fineweb_train_000001.bin.*fetch it anew"):
+        train.Tokens([str(tmp_path / "fineweb_train_000001.bin")], 8, 50)
+
+
 @pytest.mark.parametrize("content, meta, words", [
     (b"", None, "empty"),
     (np.array(GOOD, "<u2").tobytes()[:-1], None, "half written (399 bytes)"),
@@ -2341,7 +2350,8 @@ prepare  2  stdlib --tokenizer=char                                no effect on 
 prepare  2  shakespeare --source={bad}/none                        is not there
 prepare  1  {bad}/none --name=x                                    neither a file
 prepare  1  {bad}/file --name=x --tokenizer=char                   no text
-prepare  1  {bad}/latin.jsonl --name=x                             no text
+prepare  1  {bad}/latin.jsonl --name=x --tokenizer=char            convert it to UTF-8
+prepare  2  stdlib {bad}/x.jsonl                                   stdlib is a data set of its own
 prepare  1  {bad}/late --name=x --tokenizer=char                   late cannot be read
 prepare  1  {bad}/cut.gz --name=x --tokenizer=char                 cut.gz cannot be read
 prepare  1  {bad}/wrong.gz --name=x --tokenizer=char               wrong.gz
@@ -2596,8 +2606,14 @@ def test_fineweb(hub, tmp_path, capsys, monkeypatch):  # noqa: F811
     assert len(lines) > 1 and all("fineweb, file 3 of 3" in line and len(line) < 80 for line in lines)
     assert err.count("\n") == 1
     (tmp_path / "fineweb" / NAMES[1]).write_bytes(b"<html>a mirror's login</html>" * 100)
+    hub.asked()
+    code, _, _ = here(capsys, "prepare", "fineweb", "--shards=1")          # a damaged one is fetched anew
+    assert code == 0 and {name for _, _, name in hub.asked()} == {NAMES[1]}
+    assert (tmp_path / "fineweb" / NAMES[1]).read_bytes() == hub.files[NAMES[1]]
+    hub.files[NAMES[1]] = b"<html>a mirror's login</html>" * 100
+    (tmp_path / "fineweb" / NAMES[1]).unlink()
     code, _, err = here(capsys, "prepare", "fineweb", "--shards=1")
-    assert code == 1 and f"{NAMES[1]} has magic" in err and not hub.log
+    assert code == 1 and f"{NAMES[1]} has magic" in err
 
 
 @pytest.mark.parametrize("content, words", [

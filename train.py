@@ -1167,8 +1167,8 @@ def fit(team, given, run, state, device, why_device):
         if best_step == 0 and not run.always_save_checkpoint:
             team.say(f"\nno step made the validation loss lower: the checkpoint in {run.out_dir} is the model that the run began "
                      "with. Try a lower --learning_rate")
-        team.say(f"\nbest validation loss {best:.4f} (step {best_step}), {clock(time.time() - began)} of training; the curves "
-                 f"are in {os.path.join(run.out_dir, 'loss.svg')}\nSample with\n    python sample.py{where}")
+        team.say(f"\nbest validation loss {best:.4f} (step {best_step}), {clock(time.time() - began)} of training\n"
+                 f"The curves are in {os.path.join(run.out_dir, 'loss.svg')}\nSample with\n    python sample.py{where}")
     return signals.stopped
 
 

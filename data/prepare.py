@@ -13,7 +13,6 @@ has them) and meta.json (the tokenizer); FineWeb's shards stay as they come, in
 llm.c's format. A run that was stopped goes on where it was.
 """
 import argparse
-import codecs
 import contextlib
 import difflib
 import functools
@@ -179,9 +178,11 @@ def fineweb(folder, shards=103):
         progress.show(bytes_done + have, size and bytes_done + size * (len(names) - len(tokens)))
     for name in names:
         path, progress.name = os.path.join(folder, name), f"fineweb, file {len(tokens) + 1} of {len(names)}"
-        if not os.path.exists(path):
+        try:
+            tokens.append(len(open_tokens(path)))
+        except (FileNotFoundError, ValueError):                            # not there yet, or damaged
             hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, show)
-        tokens.append(len(open_tokens(path, shard=True)))
+            tokens.append(len(open_tokens(path)))
         bytes_done += os.path.getsize(path)
     print(f"{folder}: {sum(tokens[1:]):,} tokens to train on in {shards} shards, {tokens[0]:,} to validate, "
           "vocabulary 50257 (gpt2)")
@@ -234,13 +235,9 @@ def open_text(path, mode="rt"):
 
 
 def is_binary(path):
-    try:
-        with open_text(path, "rb") as f:
-            head = f.read(1 << 16)
-        codecs.getincrementaldecoder("utf-8")().decode(head, final=len(head) < 1 << 16)  # the cut may be in a character
-        return b"\0" in head
-    except ValueError:
-        return True
+    with contextlib.suppress(ValueError), open_text(path, "rb") as f:     # a text that is damaged is told of where it is read
+        return b"\0" in f.read(1 << 16)
+    return False
 
 
 CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
@@ -435,12 +432,12 @@ def read_journal(path, origins, files):
         return None
 
 
-def open_tokens(path, shard=False):
+def open_tokens(path):
     """The tokens of a file, mapped: raw uint16, or one of llm.c's shards (256 int32: magic, version, number of tokens,
-    zeros; then uint16). ValueError for a file that is damaged, or has no such header where it must be a `shard`."""
+    zeros; then uint16), as which every NAME_000001.bin must be whole. ValueError for a file that is damaged."""
     size, header = os.path.getsize(path), np.fromfile(path, dtype="<i4", count=256)
     looks = len(header) == 256 and header[:3].all() and not header[3:].any()
-    if shard or looks or len(header) > 2 and header[0] == 20240520:
+    if re.search(r"_\d{6}\.bin$", path) or looks or len(header) > 2 and header[0] == 20240520:
         magic, version, tokens = (*map(int, header[:3]), 0, 0, 0)[:3]
         if (magic, version) != (20240520, 1):
             raise ValueError(f"{path} has magic {magic} and version {version}, not the 20240520 and 1 of GPT-2 tokens: "
@@ -450,7 +447,8 @@ def open_tokens(path, shard=False):
                              "it is cut short or damaged, fetch it anew")
         return np.memmap(path, dtype="<u2", mode="r", offset=1024)
     if size % 2 or not size:
-        raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew")
+        raise ValueError(f"{path} is {'half written' if size else 'empty'} ({size:,} bytes): prepare it anew"
+                         + ", with --val_frac below 1" * (not size))
     return np.memmap(path, dtype="<u2", mode="r")
 
 
@@ -557,6 +555,8 @@ def main():
     for option in given.keys() & {"source", "shards"}:
         refuse(f"--{option} has no effect on your own files")
     if not given.get("name"):
+        if what[0] in DATASETS:
+            refuse(f"{what[0]} is a data set of its own: give it alone, or your files a --name")
         missing = [path for path in what if not os.path.exists(path)]
         near = difflib.get_close_matches(what[0], DATASETS, 1)
         refuse(f"{missing[0]!r} is neither a data set ({', '.join(DATASETS)}) nor a file or folder"
