@@ -606,11 +606,13 @@ class GPT2(nn.Module):
     def from_pretrained(cls, name_or_folder, **overrides):
         """"gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder -> the model, in evaluation mode. `overrides` are
         fields of GPT2Config (see read_pretrained). The weights are mapped from the file, not read: they take memory as
-        they are used. ValueError for a file that is damaged or not GPT-2; OSError where there is none."""
-        config, weights, _ = read_pretrained(name_or_folder, **overrides)
+        they are used. What the overrides did to them stands in `.changes`, a line each. ValueError for a file that is
+        damaged or not GPT-2; OSError where there is none."""
+        config, weights, changes = read_pretrained(name_or_folder, **overrides)
         with torch.device("meta"):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
+        model.changes = changes
         return model.requires_grad_().eval()
 
 
@@ -727,7 +729,7 @@ def convert(saved, weights, overrides):
         notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}")
     if config.sliding_window and (config.window_size < (saved.window_size or saved.block_size)):
         notes.append(f"sliding_window: the weights are used as they are, with a window of {config.window_size}")
-    return config, weights, notes
+    return config, weights, [f"{note}; the model wants further training to make up for it" for note in notes]
 
 
 def read_safetensors(path):

@@ -125,6 +125,8 @@ def main():
     if source not in SIZES and not os.path.isdir(source):
         refuse(f"--init_from={source} is neither resume, one of {', '.join(SIZES)}, nor a folder")
     model = GPT2.from_pretrained(source, **{name: given[name] for name in CHANGES if name in given})
+    for change in model.changes:
+        print(change, file=sys.stderr)                                     # stdout is for the text
     tokenizer = Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2")
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "

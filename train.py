@@ -813,7 +813,7 @@ def choose_model(run, given, team, tokenizer):
     except ValueError as e:
         refuse(str(e))
     for note in notes:
-        team.tell(changed=f"{note}; the model wants further training to make up for it")
+        team.tell(changed=note)
     reads = team.agree(lambda: Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2"))
     if reads.to_json() != tokenizer.to_json():
         raise Agreed(f"{source} reads {reads.name} tokens with a vocabulary of {reads.vocab_size}, the data set {run.dataset} is "
