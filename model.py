@@ -710,12 +710,12 @@ def convert(saved, weights, overrides):
         overrides.setdefault("window_size", None)
     if saved.sliding_window and "block_size" in overrides and "window_size" not in overrides:
         overrides["window_size"] = min(saved.window_size, overrides["block_size"])
-    config, notes = replace(saved, **overrides), []
+    config, notes, wants = replace(saved, **overrides), [], "; the model wants further training to make up for it"
     if config.block_size > saved.block_size and not config.rope:
         raise ValueError(f"block_size={config.block_size} exceeds the checkpoint's {saved.block_size} positions")
     if config.rope and not saved.rope:
         del weights["transformer.wpe.weight"]
-        notes.append("rope: the learned positions (wpe) are left out")
+        notes.append("rope: the learned positions (wpe) are left out" + wants)
     elif config.block_size < saved.block_size and not config.rope:
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:config.block_size]
         notes.append(f"block_size: the first {config.block_size} of {saved.block_size} positions are kept")
@@ -726,10 +726,10 @@ def convert(saved, weights, overrides):
             q, k, v = weights[name].split([saved.n_embd] + 2 * [saved.kv_heads * saved.head_dim])
             k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).mean(1).flatten(0, 1) for x in (k, v))
             weights[name] = torch.cat((q, k, v))
-        notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}")
+        notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}" + wants)
     if config.sliding_window and (config.window_size < (saved.window_size or saved.block_size)):
-        notes.append(f"sliding_window: the weights are used as they are, with a window of {config.window_size}")
-    return config, weights, [f"{note}; the model wants further training to make up for it" for note in notes]
+        notes.append(f"sliding_window: the weights are used as they are, with a window of {config.window_size}" + wants)
+    return config, weights, notes
 
 
 def read_safetensors(path):
