@@ -666,11 +666,15 @@ def choose_device(name, team):
         refuse("--device=mps serves one process, on a machine with an Apple GPU: use --device=cpu")  # gloo knows no mps
     elif device.type == "cpu":
         why += f", {torch.get_num_threads()} threads"
-        # glibc gives large freed blocks back to the system, which the next step then pays for, page by page: 7 % of a step
-        # of GPT-2 124M. So none by mmap (M_MMAP_MAX = -4), and keep what is free (M_TRIM_THRESHOLD = -1).
-        if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
-            mallopt(-4, 0), mallopt(-1, 2**31 - 1)
+        keep_freed_memory()
     return device, why
+
+
+def keep_freed_memory():
+    """glibc gives large freed blocks back to the system, which the next step then pays for, page by page: 7 % of a step
+    of GPT-2 124M. So none by mmap (M_MMAP_MAX = -4), and keep what is free (M_TRIM_THRESHOLD = -1)."""
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None:
+        mallopt(-4, 0), mallopt(-1, 2**31 - 1)
 
 
 def choose_dtype(run, device):

@@ -25,7 +25,7 @@ ROOT = os.path.dirname(HERE)
 TEXT = os.path.join(ROOT, "data", "shakespeare_char", "val.bin")
 sys.path.insert(0, ROOT)
 from model import GPT2, GPT2Config  # noqa: E402
-from train import Team, Tokens, choose_device, draw, plot  # noqa: E402
+from train import Tokens, draw, keep_freed_memory, plot  # noqa: E402
 
 VARIANTS = {"plain": [], "rope": ["rope"], "gqa": ["gqa"], "sliding_window": ["sliding_window"],
             "all three": ["rope", "gqa", "sliding_window"]}
@@ -170,7 +170,7 @@ def main():
     what = set(sys.argv[1:]) or {"--train", "--measure", "--scale"}
     if what - {"--train", "--measure", "--scale"}:
         sys.exit(__doc__)
-    choose_device("cpu", Team())                                           # sets memory up as training does
+    keep_freed_memory()                                                    # as train.py does
     if "--train" in what:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda job: train(*job), [(name, seed) for seed in SEEDS for name in VARIANTS]))
