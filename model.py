@@ -272,7 +272,7 @@ class AttentionHead(nn.Module):
 
     def attend(self, q, k, v, mask=None, causal=False):
         """q (..., H, T, D), k and v (..., K, S, D): torch's fused kernel or, with flash=False, the formula."""
-        if q.device.type == "cpu" and q.dtype != torch.float32 and torch.is_grad_enabled():  # its backward pass is slow
+        if q.device.type == "cpu" and q.dtype != torch.float32:            # half precision is slow in this kernel on a CPU
             return self.attend(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
         p, T = self.dropout if self.training else 0.0, q.size(-2)
         if causal and not self.flash:
