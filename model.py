@@ -172,10 +172,10 @@ def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
 
 
 def visible(q_pos, k_pos, window=None):
-    """The one rule of who sees whom, from absolute positions q_pos (T,) and k_pos (S,): (T, S), True where the key is
-    not in the future and, with a window, among the last `window` positions, the token itself included."""
-    distance = q_pos[:, None] - k_pos[None, :]
-    return (distance >= 0) if window is None else (distance >= 0) & (distance < window)
+    """The one rule of who sees whom, from positions q_pos (T,) and k_pos (S,): (T, S), True where the key is not in the
+    future and, with a window, among the last `window` positions, the token itself included."""
+    q_pos = q_pos[:, None]
+    return k_pos <= q_pos if window is None else (k_pos <= q_pos) & (k_pos > q_pos - window)
 
 
 def rotary_tables(positions, head_dim, theta):
@@ -202,28 +202,25 @@ class KVCache:
         self.k = self.v = None
 
     def extend(self, k, v):
-        """Adds k and v (..., K, T, D). Returns the keys and values to attend to and their positions (S,); the positions
-        are None where every key may be seen by every query."""
+        """Adds k and v (..., K, T, D). Returns the keys and values to attend to, (..., K, S, D): the oldest first, the new
+        ones last. Only for T = 1 are they in the ring's order, which makes no difference where all of them are seen."""
         T, start = k.size(-2), self.length
         if not self.ring and start + T > self.size:
             raise ValueError(f"{start + T} tokens do not fit a key/value cache of {self.size}")
         if self.k is None:
             self.k, self.v = (x.new_empty(*x.shape[:-2], self.size, x.size(-1)) for x in (k, v))
         self.length += T
-        if T == 1:
-            # The slot written over held the position that has just left the window. No copy, no mask.
+        if T == 1 or self.length <= self.size:
+            # The slot that a ring writes over held the position that has just left the window. No copy.
             at, n = start % self.size, min(self.length, self.size)
-            self.k[..., at, :], self.v[..., at, :] = k[..., 0, :], v[..., 0, :]
-            return self.k[..., :n, :], self.v[..., :n, :], None
-        # Attend to the old keys and all the new ones, and only then write: writing first would drop keys that the
-        # chunk's first tokens still see.
-        n = min(start, self.size)
-        slot, new = torch.arange(n, device=k.device), torch.arange(start, start + T, device=k.device)
-        positions = torch.cat((start - 1 - (start - 1 - slot) % self.size, new))
-        all_k, all_v = (torch.cat((x[..., :n, :], y), dim=-2) if n else y for x, y in ((self.k, k), (self.v, v)))
-        slots = positions[-min(T, self.size):] % self.size
-        self.k[..., slots, :], self.v[..., slots, :] = k[..., -len(slots):, :], v[..., -len(slots):, :]
-        return all_k, all_v, positions
+            self.k[..., at:at + T, :], self.v[..., at:at + T, :] = k, v
+            return self.k[..., :n, :], self.v[..., :n, :]
+        # Read the old keys and only then write: writing first would drop keys that the first of the new tokens still see.
+        slots = torch.arange(max(0, start - self.size), self.length, device=k.device) % self.size
+        old, new = slots[:-T], slots[-min(T, self.size):]
+        all_k, all_v = (torch.cat((x[..., old, :], y), dim=-2) if start else y for x, y in ((self.k, k), (self.v, v)))
+        self.k[..., new, :], self.v[..., new, :] = k[..., -len(new):, :], v[..., -len(new):, :]
+        return all_k, all_v
 
 
 class AttentionHead(nn.Module):
@@ -239,44 +236,45 @@ class AttentionHead(nn.Module):
     def forward(self, q, k, v, rotary=None, cache=None):
         """q (..., T, D) or (..., H, T, D), k and v (..., T, D) or (..., K, T, D) -> the shape of q.
         `rotary`: the tables of these T positions. `cache`: the KVCache of what came before them, extended here."""
-        T, past, k_pos = q.size(-2), 0, None
+        if q.device.type == "cpu" and q.dtype.itemsize == 2:               # torch's kernel is slow in half precision on a CPU:
+            return self(q.float(), k.float(), v.float(), rotary, cache).to(q.dtype)  # there even the cache is float32
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
-            past = cache.length
-            k, v, k_pos = cache.extend(k, v)
-        if T == 1:
+            k, v = cache.extend(k, v)
+        if q.size(-2) == 1:
             return self.attend(q, k, v)                                    # a cache holds just what this token may see
-        if past:
-            q_pos = torch.arange(past, past + T, device=q.device)
-            return self.attend(q, k, v, mask=visible(q_pos, k_pos, self.window))
-        if self.window is None or T <= self.window:
-            return self.attend(q, k, v, causal=True)
-        return self.attend_window(q, k, v)
+        if self.window is not None and k.size(-2) > self.window:
+            return self.attend_window(q, k, v)
+        return self.attend(q, k, v, causal=True)
 
     def attend_window(self, q, k, v):
-        """Sliding window attention from the start of a text of T > W tokens, in time and memory that grow with T · W.
-        The last n · W queries, n = T // W - 1, are cut into blocks of W. A block sees only its own keys and those of the
-        block before, through one mask of (W, 2W) for all. These runs of 2W keys overlap in place: nothing is copied for a
-        single text. The queries before are fewer than 2W."""
-        T, W = q.size(-2), self.window
-        n, here = T // W - 1, torch.arange(2 * W, device=q.device)
-        first, mask = T - n * W, visible(here, here, W)
-        y = self.attend(*(x[..., :first, :] for x in (q, k, v)), mask=mask[:first, :first])
-        if n == 0:
-            return y
-        blocks = [q[..., first:, :].unfold(-2, W, W), *(x[..., first - W:, :].unfold(-2, 2 * W, W) for x in (k, v))]
-        blocks = [x.transpose(-1, -2).transpose(1, -3) for x in blocks]    # (B, n, ..., W or 2W, D)
-        rest = self.attend(*(x.flatten(0, 1) for x in blocks), mask=mask[W:])
-        return torch.cat((y, rest.view(blocks[0].shape).transpose(1, -3).flatten(-3, -2)), dim=-2)
+        """Sliding window attention of the last T of S > W positions, S - T <= W, in time and memory that grow with T · W.
+        The queries are cut into blocks of W from the end. A block sees only its own keys and the W before them, through
+        one mask of (W, 2W) for all. These runs of 2W keys overlap in place: nothing is copied for a single text. At the
+        beginning remain a block with fewer keys before it, and fewer than W queries that see all that was before them."""
+        T, S, W = q.size(-2), k.size(-2), self.window
+        n, here = min(T, S - W) // W, torch.arange(2 * W, device=q.device)  # whole blocks
+        mask, t, s = visible(here[W:], here, W), T - n * W, S - n * W      # the first t queries, the first s keys: s < 2W
+        r, y = max(0, t - W), []
+        if r:
+            y.append(self.attend(q[..., :r, :], *(x[..., :s - t + r, :] for x in (k, v)), causal=True))
+        if t:
+            y.append(self.attend(q[..., r:t, :], *(x[..., :s, :] for x in (k, v)), mask=mask[r - t:, -s:]))
+        if n:
+            blocks = [q[..., t:, :].unfold(-2, W, W), *(x[..., s - W:, :].unfold(-2, 2 * W, W) for x in (k, v))]
+            blocks = [x.transpose(-1, -2).transpose(1, -3) for x in blocks]  # (B, n, ..., W or 2W, D)
+            rest = self.attend(*(x.flatten(0, 1) for x in blocks), mask=mask)
+            y.append(rest.view(blocks[0].shape).transpose(1, -3).flatten(-3, -2))
+        return torch.cat(y, dim=-2)
 
     def attend(self, q, k, v, mask=None, causal=False):
-        """q (..., H, T, D), k and v (..., K, S, D): torch's fused kernel or, with flash=False, the formula."""
-        if q.device.type == "cpu" and q.dtype != torch.float32:            # half precision is slow in this kernel on a CPU
-            return self.attend(q.float(), k.float(), v.float(), mask, causal).to(q.dtype)
-        p, T = self.dropout if self.training else 0.0, q.size(-2)
-        if causal and not self.flash:
-            mask, causal = visible(*(torch.arange(T, device=q.device),) * 2), False
+        """q (..., H, T, D), k and v (..., K, S, D): torch's fused kernel or, with flash=False, the formula. `causal`: the
+        queries are the last T of the S positions, and none sees its future."""
+        p, T, S = self.dropout if self.training else 0.0, q.size(-2), k.size(-2)
+        if causal and (T < S or not self.flash):                           # the fused kernel knows only T = S
+            here = torch.arange(S, device=q.device)
+            mask, causal = visible(here[-T:], here), False
         groups = q.size(-3) // k.size(-3) if q.dim() > 3 else 1
         if groups > 1 and not causal:
             # The queries of a group share their keys as if they were positions of one head: no key is copied.
@@ -567,27 +565,27 @@ class GPT2(nn.Module):
                 ("top_p", top_p, top_p is None or 0 < top_p <= 1, "above 0, at most 1")):
             if not ok:
                 raise ValueError(f"{name}={value} must be {limit}")
-        config, start, cache = self.config, 0, None
-        text = torch.cat((idx, idx.new_empty(idx.size(0), max_new_tokens)), dim=1)
+        config, text, cache = self.config, idx, None
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)
         was_training = self.training
         self.eval()
         try:
-            for n in range(idx.size(1), text.size(1)):
-                if not config.endless and n - start > config.block_size:
-                    start, cache = n - max(1, config.block_size // 2), None
+            for left in range(max_new_tokens, 0, -1):
+                if not config.endless and text.size(1) > config.block_size:
+                    text, cache = text[:, -max(1, config.block_size // 2):], None
                 if not use_cache:
-                    x = self.hidden(text[:, start:n])
+                    x = self.hidden(text)
                 elif cache is None:
-                    cache = self.new_cache(min(config.block_size, text.size(1) - start))
-                    x = self.hidden(text[:, start:n], cache)
+                    cache = self.new_cache(min(config.block_size, text.size(1) + left))
+                    x = self.hidden(text, cache)
                 else:
-                    x = self.hidden(text[:, n - 1:n], cache)
+                    x = self.hidden(text[:, -1:], cache)
                 token = pick(self.project(x[:, -1]), temperature, top_k, top_p, generator)
                 if stop_token is not None:
                     token = token.masked_fill(stopped, stop_token)
                     stopped |= token == stop_token
-                text[:, n] = token
+                # only what may be read again is kept
+                text = token[:, None] if config.endless and use_cache else torch.cat((text, token[:, None]), dim=1)
                 yield token
                 if stop_token is not None and stopped.all():
                     return
@@ -716,7 +714,9 @@ def convert(saved, weights, overrides):
     if config.rope and not saved.rope:
         del weights["transformer.wpe.weight"]
         notes.append("rope: the learned positions (wpe) are left out" + wants)
-    elif config.block_size < saved.block_size and not config.rope:
+    if config.rope and config.block_size != saved.block_size:
+        notes.append(f"block_size: texts of up to {config.block_size} tokens; the weights come from texts of {saved.block_size}")
+    elif config.block_size < saved.block_size:
         weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:config.block_size]
         notes.append(f"block_size: the first {config.block_size} of {saved.block_size} positions are kept")
     if config.kv_heads != saved.kv_heads:
@@ -727,8 +727,12 @@ def convert(saved, weights, overrides):
             k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).mean(1).flatten(0, 1) for x in (k, v))
             weights[name] = torch.cat((q, k, v))
         notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}" + wants)
-    if config.sliding_window and (config.window_size < (saved.window_size or saved.block_size)):
-        notes.append(f"sliding_window: the weights are used as they are, with a window of {config.window_size}" + wants)
+    before, after = (c.window_size or c.block_size for c in (saved, config))
+    if config.sliding_window and after < before:
+        notes.append(f"sliding_window: the weights are used as they are, with a window of {after}" + wants)
+    elif saved.sliding_window and after > before:
+        notes.append(f"sliding_window: {'widened' if config.sliding_window else 'taken out'}, where the weights come from a "
+                     f"window of {before}" + wants)
     return config, weights, notes
 
 

@@ -148,22 +148,23 @@ def main():
                      use_cache=run["use_cache"], generator=torch.Generator(device).manual_seed(run["seed"]),
                      stop_token=tokenizer.end_of_text if run["stop_at_eot"] else None)
     idx = prompt.repeat(run["num_samples"], 1).to(device)
-    began, columns, stop = time.time(), [], arguments["stop_token"]
+    began, columns, count, stop = time.time(), [], 0, arguments["stop_token"]
     streaming, decoder = len(idx) == 1, codecs.getincrementaldecoder("utf-8")("replace")
     if streaming:
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
     for tokens in model.stream(idx, run["max_new_tokens"], **arguments):
-        columns.append(tokens.tolist())
-        if streaming and columns[-1][0] != stop:                           # half a character is held back
-            print(decoder.decode(tokenizer.decode_bytes(columns[-1])), end="", flush=True)
+        if not streaming:
+            columns.append(tokens.tolist())
+        elif tokens[0] != stop:                                            # half a character is held back
+            print(decoder.decode(tokenizer.decode_bytes(tokens.tolist())), end="", flush=True)
+            count += 1
     seconds = time.time() - began
-    texts = [list(itertools.takewhile(lambda token: token != stop, text)) for text in zip(*columns, strict=True)]
-    count = sum(map(len, texts))
     if streaming:
         print(decoder.decode(b"", final=True))
-    else:
-        for text in texts:
-            print(tokenizer.decode(prompt[0].tolist() + text) + "\n" + "-" * 15)
+    for text in zip(*columns, strict=True):
+        text = list(itertools.takewhile(lambda token: token != stop, text))
+        print(tokenizer.decode(prompt[0].tolist() + text) + "\n" + "-" * 15)
+        count += len(text)
     print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, "
           f"{str(dtype).removeprefix('torch.')}")
 

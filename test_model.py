@@ -245,10 +245,11 @@ def test_cache_changes_no_token(flags):
 def test_a_text_may_be_read_in_chunks(flags):
     """A chunk that sees its own future, misses what came before, or pushes out keys that its first tokens still see."""
     model, idx = small_model(**flags), tokens(2, 16)
-    for chunks in ((16,), (1, 15), (3, 1, 5, 7), (5, 5, 1, 1, 4)):
+    whole = model(idx)[0]
+    for chunks in ((16,), (1, 15), (3, 1, 5, 7), (5, 5, 1, 1, 4), (3, 9, 4)):
         cache = model.new_cache()
         pieces = [model(piece, cache=cache)[0] for piece in idx.split(chunks, dim=1)]
-        assert_close(torch.cat(pieces, dim=1), model(idx)[0], 1e-5)
+        assert_close(torch.cat(pieces, dim=1), whole, 1e-5)
 
 
 @every_flag_setting
@@ -259,6 +260,18 @@ def test_bytes_in_the_cache(flags):
         model(tokens(1, length), cache=(cache := model.new_cache(length)))
         assert sum(x.untyped_storage().nbytes() for layer in cache for x in (layer.k, layer.v)) == \
             model.config.cache_bytes(length)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("convert", [GPT2.bfloat16, GPT2.to_int8])
+def test_half_precision_attends_in_float32(convert):
+    """Keys and values that are rounded to half precision, or turned from it to float32 anew for each token."""
+    model = convert(small_model(gqa=True, rope=True))
+    model(tokens(1, 15), cache=(cache := model.new_cache()))
+    with Largest() as seen:
+        x = model.hidden(tokens(1, 1), cache)
+    assert x.dtype == torch.bfloat16 and cache[0].k.dtype == torch.float32
+    assert cache[0].k.numel() == 256 and seen.turned == 48                 # a token's C numbers, never the cache
 
 
 def test_a_full_cache_is_refused():
@@ -305,6 +318,8 @@ def test_endless_text(monkeypatch):
     uncached = model.generate(tokens(1, 7), 20 * 16, use_cache=False, generator=torch.Generator().manual_seed(0))
     assert torch.equal(text, uncached) and len(caches) == 1
     assert [layer.k.shape for layer in caches[0]] == 2 * [(1, 2, 4, 8)] and caches[0][0].length == 326
+    with Largest() as seen:                                                # room for all the tokens would be 8 TB
+        assert len(list(itertools.islice(model.stream(tokens(1, 1), 10**12), 300))) == 300 > seen.numel
 
 
 @pytest.mark.parametrize("flags", [{}, dict(rope=True), dict(sliding_window=True)])
@@ -403,6 +418,19 @@ def test_attention_is_the_formula(T, window, flash):
             assert_close(a, b, 1e-5)
 
 
+@pytest.mark.parametrize("flash", [False, True])
+@pytest.mark.parametrize("window", [None, 1, 2, 4, 5, 9, 16])
+def test_attention_after_a_prefix_is_the_formula(window, flash):
+    """The same after every prefix that a cache holds: what was seen before is in the wrong order, or one off."""
+    config = small_config(flash=flash, **(dict(sliding_window=True, window_size=window) if window else {}))
+    head, qkv = AttentionHead(config), [x.detach() for x in random_qkv(16, 2)]
+    expected = by_formula(*qkv, window)
+    for a, b in itertools.combinations(range(1, 17), 2):
+        cache, cuts = KVCache(window or 16, ring=window is not None), (0, a, b, 16)
+        y = [head(*(x[:, :, i:j] for x in qkv), cache=cache) for i, j in itertools.pairwise(cuts) if i < j]
+        assert_close(torch.cat(y, dim=2), expected, 1e-5)
+
+
 def test_the_written_out_formula():
     """A missing scale, or a mask that is added where it should be selected, in the formula as users may call it."""
     q, k, v = random_qkv(5, 6)
@@ -484,13 +512,15 @@ def test_window_edges(n_layer, fields):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the largest tensor that any operation, forward or backward, puts out."""
-    numel = 0
+    """Notes the largest tensor that any operation, forward or backward, puts out; of them the largest turned to a dtype."""
+    numel = turned = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
         for x in out if isinstance(out, (tuple, list)) else (out,):
             self.numel = max(self.numel, x.numel() if isinstance(x, torch.Tensor) else 0)
+        if function is torch.ops.aten._to_copy.default:
+            self.turned = max(self.turned, out.numel())
         return out
 
 
@@ -503,7 +533,9 @@ def test_a_window_builds_nothing_of_T_by_T(flash, gqa):
         with Largest() as mode:
             model(tokens(1, T), tokens(1, T))[1].backward()
             with torch.no_grad():
-                model(tokens(1, T), cache=model.new_cache())
+                for prefix in (1, 20):
+                    model(tokens(1, prefix), cache=(cache := model.new_cache()))
+                    model(tokens(1, T), cache=cache)
         return mode.numel
     assert largest(1024) == 2 * largest(512) < 512 * 512
 
@@ -661,7 +693,12 @@ def test_other_conversions(tmp_path):
     assert torch.equal(windowed(idx)[0], small_model(sliding_window=True)(idx)[0])
     windowed.save_pretrained(tmp_path)
     assert torch.equal(GPT2.from_pretrained(tmp_path, sliding_window=False)(idx)[0], plain(idx)[0])
+    assert "taken out, where the weights come from a window of 4" in read_pretrained(tmp_path, sliding_window=False)[2][0]
+    assert "widened, where the weights come from a window of 4" in read_pretrained(tmp_path, window_size=9)[2][0]
     assert GPT2.from_pretrained(tmp_path, block_size=3).config.window_size == 3
+    small_model(rope=True).save_pretrained(tmp_path)
+    assert read_pretrained(tmp_path, block_size=64)[2] == [
+        "block_size: texts of up to 64 tokens; the weights come from texts of 16"]
 
 
 @pytest.mark.parametrize("saved, overrides, words", [
