@@ -2506,6 +2506,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
             ("GPT2Config", lambda **given: GPT2Config(**given | tiny | dict(vocab_size=50)))):
         monkeypatch.setattr(evidence, name, value)
     for name, arguments in (("over_size", dict(shapes=[(1, 4, 32)])), ("over_processes", dict(modes=[(1, ())])),
+                            ("over_window", dict(contexts=(300,))),
                             ("over_context", dict(contexts=(32, 64))), ("medians", dict(rounds=1))):
         monkeypatch.setattr(evidence, name, partial(getattr(evidence, name), **arguments))
     monkeypatch.chdir(tmp_path)
@@ -2513,8 +2514,8 @@ def test_evidence(tmp_path, monkeypatch, capsys):
     evidence.main()
     tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
               for block in capsys.readouterr().out.split("\n\n")[1:]]
-    costs, losses, size, processes, context = tables
-    assert [len(t) for t in tables] == [4, 4, 3, 3, 4] and {len({len(row) for row in t}) for t in tables} == {1}
+    costs, losses, window, size, processes, context = tables
+    assert [len(t) for t in tables] == [4, 4, 3, 3, 3, 4] and {len({len(row) for row in t}) for t in tables} == {1}
     for row, (name, options) in zip(losses[2:], evidence.VARIANTS.items(), strict=True):
         trained = [GPT2.from_pretrained(f"out-evidence/{name.replace(' ', '-')}-{seed}").config for seed in (1, 2)]
         assert row[0] == name and all(c.rope == c.gqa == c.sliding_window == bool(options) for c in trained)
@@ -2522,6 +2523,7 @@ def test_evidence(tmp_path, monkeypatch, capsys):
         assert abs(float(row[1].split()[0]) - math.log(trained[0].vocab_size)) < 0.5
     plain, changed = costs[2:]
     assert plain[3] == f"{2 * 32 * 2:,} B" and changed[3] == f"{2 * 8 * 2:,} B" and float(processes[2][3].split()[0]) == 1
+    assert all(float(cell.split()[0]) > 0 for cell in window[2][:4])
     for picture in ("variants.svg", "context.svg"):
         xml.etree.ElementTree.parse(tmp_path / picture)
 

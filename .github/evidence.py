@@ -5,7 +5,7 @@ in out-evidence/; the pictures beside this file.
     python .github/evidence.py            # everything: an hour on two cores; stopped and started at will
     python .github/evidence.py --train    # only the training runs, whose losses do not depend on how busy the machine is
     python .github/evidence.py --measure  # the table of the changes; for its speeds the machine should be idle
-    python .github/evidence.py --scale    # speed over the context, over processes, over the size of the model
+    python .github/evidence.py --scale    # speed over the context, over processes, over the size; memory of a window
 
 Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 1,000 steps) on tinyshakespeare, three seeds.
 Cost: GPT-2's shapes with random weights, in float32, the variants taking turns; training is forward and backward.
@@ -141,6 +141,39 @@ def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
          "context (tokens)", "tokens per second", 0, 1.05 * max(found.values()))
 
 
+MEMORY = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+from model import AttentionHead, GPT2Config
+def step(T, kind):
+    qkv = [torch.randn(1, 1, T, 32, requires_grad=True) for _ in range(3)]
+    open("/proc/self/clear_refs", "w").write("5")                          # the peak counts from here
+    before = resident("VmRSS")
+    (AttentionHead(GPT2Config(T, **kind))(*qkv) if kind is not None else sum(qkv)).square().sum().backward()
+    return resident("VmHWM") - before
+def resident(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
+kind = dict(window=dict(sliding_window=True, window_size=256), full={}, formula=dict(flash=False), none=None)[sys.argv[3]]
+step(512, kind)                                                          # what torch needs once
+print(step(int(sys.argv[2]), kind))
+"""
+
+
+def over_window(contexts=(1024, 8192, 16384)):
+    """A window of 256 against full attention in 2 layers of 128: time of a whole step, memory of one head of 32."""
+    kinds = {"window": dict(sliding_window=True, window_size=256), "full": {}}
+    models = {(T, kind): GPT2(GPT2Config(block_size=T, vocab_size=65, n_layer=2, n_head=4, n_embd=128, **flags), seed=0)
+              for T in contexts for kind, flags in kinds.items()}
+    speed = medians({job: lambda m=m, T=job[0]: training(m, T) for job, m in models.items()}, rounds=7)
+    memory = medians({(T, kind): lambda T=T, kind=kind: float(subprocess.run(
+        [sys.executable, "-c", MEMORY, ROOT, str(T), kind], capture_output=True, text=True, check=True).stdout)
+        for T in contexts for kind in (*kinds, "formula", "none")})
+    table(["context", "window, us a token", "full", "as fast", "window, MB", "full, torch's kernel", "full, the formula",
+           "no attention"],
+          [[f"{T:,}", *(f"{1e6 / speed[T, kind]:.1f}" for kind in kinds), f"{speed[T, 'window'] / speed[T, 'full']:.1f} x",
+            *(f"{memory[T, kind]:,.1f}" for kind in (*kinds, "formula", "none"))] for T in contexts])
+
+
 def over_processes(modes=((1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))):
     """The default run, `python train.py`, a thread a process; modes: how many, and flags."""
     def speed(processes, *flags):
@@ -178,6 +211,7 @@ def main():
     if "--measure" in what:
         changes()
     if "--scale" in what:
+        over_window()
         over_size()
         over_processes()
         over_context()
