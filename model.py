@@ -179,10 +179,11 @@ def visible(q_pos, k_pos, window=None):
 
 
 def rotary_tables(positions, head_dim, theta):
-    """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, 3.2.2)."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)
-    angle = positions.float()[:, None] * frequency
-    return angle.cos(), angle.sin()
+    """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, 3.2.2). The angles
+    are float64, where there is such a thing: in float32 they are off by 0.06 at position 1,000,000."""
+    exact = torch.float32 if positions.device.type == "mps" else torch.float64
+    angle = positions.to(exact)[:, None] * theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim).to(exact)
+    return angle.cos().float(), angle.sin().float()
 
 
 def rotate(x, cos, sin):
@@ -290,7 +291,7 @@ def linear(x, weight, bias=None):
     """x weightᵀ + bias. For a few vectors the reading of the weights is all the time it takes: on a CPU oneDNN reads twice
     as fast as MKL, which torch's own Linear calls for float32."""
     few = x.numel() <= 32 * x.size(-1) and x.device.type == "cpu" and x.dtype == torch.float32
-    if few and not torch.is_grad_enabled() and torch.backends.mkldnn.is_available():
+    if few and not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -363,7 +364,7 @@ class PointwiseFeedForward(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)                                                   # (B, T, 4C)
-        if x.device.type == "cpu" and torch.is_grad_enabled():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return self.dropout(GELULinear.apply(x, self.c_proj.weight, self.c_proj.bias))
         return self.dropout(self.c_proj(gelu(x)))                          # (B, T, C)
 
@@ -724,11 +725,11 @@ def convert(saved, weights, overrides):
             raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's {saved.kv_heads}")
         for name in [name for name in weights if "c_attn" in name]:
             q, k, v = weights[name].split([saved.n_embd] + 2 * [saved.kv_heads * saved.head_dim])
-            k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).mean(1).flatten(0, 1) for x in (k, v))
-            weights[name] = torch.cat((q, k, v))
+            k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).double().mean(1).flatten(0, 1) for x in (k, v))
+            weights[name] = torch.cat((q, k.float(), v.float()))           # so the mean of equal heads is exact
         notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}" + wants)
-    before, after = (c.window_size or c.block_size for c in (saved, config))
-    if config.sliding_window and after < before:
+    before, after = (min(c.window_size or config.block_size, config.block_size) for c in (saved, config))
+    if after < before:
         notes.append(f"sliding_window: the weights are used as they are, with a window of {after}" + wants)
     elif saved.sliding_window and after > before:
         notes.append(f"sliding_window: {'widened' if config.sliding_window else 'taken out'}, where the weights come from a "
@@ -970,7 +971,8 @@ def main():
     print(f"loss {loss:.4f} nats (an even guess over {config.vocab_size} tokens: {math.log(config.vocab_size):.4f})")
     print(f"greedy continuation: {model.generate(input_ids[:1], 8, temperature=0)[0, 16:].tolist()}\n")
 
-    print("GPT-2 124M at 1024 tokens, what each flag changes (cache: one text in bfloat16; FLOPs: a forward pass):\n")
+    print("GPT-2 124M at 1024 tokens, what each flag changes (cache: one text in bfloat16, as on a GPU; FLOPs: a\n"
+          "forward pass):\n")
     print(f"{'':16}{'parameters':>13}{'cache, B/token':>16}{'cache, full':>13}{'MFLOPs/token':>14}")
     flags = {"plain": {}, "rope": dict(rope=True), "gqa": dict(gqa=True), "sliding_window": dict(sliding_window=True)}
     flags["all three"] = {**flags["rope"], **flags["gqa"], **flags["sliding_window"]}
