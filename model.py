@@ -182,7 +182,8 @@ def rotary_tables(positions, head_dim, theta):
     """cos and sin, each (T, D/2) in float32, of the angles position · theta^(-2i/D) (arXiv 2104.09864, 3.2.2). The angles
     are float64, where there is such a thing: in float32 they are off by 0.06 at position 1,000,000."""
     exact = torch.float32 if positions.device.type == "mps" else torch.float64
-    angle = positions.to(exact)[:, None] * theta ** (-torch.arange(0, head_dim, 2, device=positions.device) / head_dim).to(exact)
+    frequency = theta ** (-torch.arange(0, head_dim, 2, device=positions.device, dtype=exact) / head_dim)
+    angle = positions.to(exact)[:, None] * frequency
     return angle.cos().float(), angle.sin().float()
 
 

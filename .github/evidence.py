@@ -108,7 +108,7 @@ def changes():
     models = {name: GPT2(GPT2Config(**dict.fromkeys(flags, True)), seed=0) for name, flags in VARIANTS.items()}
     speed = medians({(name, what): job for name, model in models.items() for what, job in {
         "training": lambda m=model: training(m, 1024), 32: lambda m=model: decoding(m, 32),
-        768: lambda m=model: decoding(m, 768)}.items()})
+        768: lambda m=model: decoding(m, 768)}.items()}, rounds=7)
     costs, losses = [], []
     for name, model in models.items():
         c = model.config
