@@ -212,7 +212,7 @@ class KVCache:
         if self.k is None:
             self.k, self.v = (x.new_empty(*x.shape[:-2], self.size, x.size(-1)) for x in (k, v))
         self.length += T
-        if T == 1 or self.length <= self.size:
+        if T <= 1 or self.length <= self.size and not k.requires_grad:     # what autograd keeps must not be written to later
             # The slot that a ring writes over held the position that has just left the window. No copy.
             at, n = start % self.size, min(self.length, self.size)
             self.k[..., at:at + T, :], self.v[..., at:at + T, :] = k, v
@@ -236,7 +236,7 @@ class AttentionHead(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, q, k, v, rotary=None, cache=None):
-        """q (..., T, D) or (..., H, T, D), k and v (..., T, D) or (..., K, T, D) -> the shape of q.
+        """q (B, T, D) or (B, H, T, D), k and v (B, T, D) or (B, K, T, D) -> the shape of q.
         `rotary`: the tables of these T positions. `cache`: the KVCache of what came before them, extended here."""
         if q.device.type == "cpu" and q.dtype.itemsize == 2:               # torch's kernel is slow in half precision on a CPU:
             return self(q.float(), k.float(), v.float(), rotary, cache).to(q.dtype)  # there even the cache is float32
@@ -271,12 +271,12 @@ class AttentionHead(nn.Module):
         return torch.cat(y, dim=-2)
 
     def attend(self, q, k, v, mask=None, causal=False):
-        """q (..., H, T, D), k and v (..., K, S, D): torch's fused kernel or, with flash=False, the formula. `causal`: the
-        queries are the last T of the S positions, and none sees its future."""
+        """q (B, H, T, D), k and v (B, K, S, D), or all without heads: torch's fused kernel or, with flash=False, the
+        formula. `causal`: the queries are the last T of the S positions, and none sees its future."""
         p, T, S = self.dropout if self.training else 0.0, q.size(-2), k.size(-2)
         if causal and (T < S or not self.flash):                           # the fused kernel knows only T = S
             here = torch.arange(S, device=q.device)
-            mask, causal = visible(here[-T:], here), False
+            mask, causal = visible(here[S - T:], here), False
         groups = q.size(-3) // k.size(-3) if q.dim() > 3 else 1
         if groups > 1 and not causal:
             # The queries of a group share their keys as if they were positions of one head: no key is copied.
@@ -365,7 +365,7 @@ class PointwiseFeedForward(nn.Module):
 
     def forward(self, x):
         x = self.c_fc(x)                                                   # (B, T, 4C)
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and x.requires_grad and not torch.compiler.is_compiling():
             return self.dropout(GELULinear.apply(x, self.c_proj.weight, self.c_proj.bias))
         return self.dropout(self.c_proj(gelu(x)))                          # (B, T, C)
 
@@ -533,12 +533,15 @@ class GPT2(nn.Module):
         return self
 
     def to_int8(self):
-        """Rounds the matrices to int8 in place, for decoding on a CPU; the rest becomes bfloat16."""
+        """Rounds the matrices to int8 in place, for decoding on a CPU; the rest becomes bfloat16. ValueError for a width that
+        is not a multiple of 16: torch's kernel reads beyond such rows."""
+        if self.config.n_embd % 16:
+            raise ValueError(f"n_embd={self.config.n_embd} is not divisible by 16, as int8 needs it: use bfloat16")
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear) or name == "wte":
                     setattr(module, name, Int8(child.weight, getattr(child, "bias", None)))
-        return self.to(torch.bfloat16)
+        return self.to(torch.bfloat16).requires_grad_(False)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, use_cache=True, generator=None,
                  stop_token=None):
@@ -729,7 +732,8 @@ def convert(saved, weights, overrides):
             k, v = (x.unflatten(0, (config.kv_heads, -1, config.head_dim)).double().mean(1).flatten(0, 1) for x in (k, v))
             weights[name] = torch.cat((q, k.float(), v.float()))           # so the mean of equal heads is exact
         notes.append(f"gqa: {saved.kv_heads} key/value heads mean-pooled to {config.kv_heads}" + wants)
-    before, after = (min(c.window_size or config.block_size, config.block_size) for c in (saved, config))
+    far = math.inf if config.rope else config.block_size                   # how far a token sees without a window
+    before, after = (min(c.window_size or far, far) for c in (saved, config))
     if after < before:
         notes.append(f"sliding_window: the weights are used as they are, with a window of {after}" + wants)
     elif saved.sliding_window and after > before:

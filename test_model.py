@@ -250,6 +250,18 @@ def test_a_text_may_be_read_in_chunks(flags):
         cache = model.new_cache()
         pieces = [model(piece, cache=cache)[0] for piece in idx.split(chunks, dim=1)]
         assert_close(torch.cat(pieces, dim=1), whole, 1e-5)
+        assert model(idx[:, :0], cache=cache)[0].shape == (2, 0, 61)
+
+
+@every_flag_setting
+def test_gradients_flow_through_a_cache(flags):
+    """Keys that autograd keeps, written over by the next chunk."""
+    model, idx, found = small_model(**flags), tokens(2, 16), []
+    for pieces in idx.split(16, dim=1), idx.split((3, 9, 4), dim=1):
+        cache = model.new_cache()
+        out = torch.cat([model.hidden(piece, cache) for piece in pieces], dim=1)
+        found += torch.autograd.grad(out[..., 0].sum(), model.transformer.h[0].attn.c_attn.weight)
+    assert_close(found[0] / found[0].std(), found[1] / found[0].std(), 1e-3)
 
 
 @every_flag_setting
@@ -321,6 +333,10 @@ def test_int8(flags):
     assert 0 < ((after - before).std() / before.std()).item() < 0.05
     assert abs(model(idx, idx)[1].float() - exact) < 0.05
     assert torch.equal(model.generate(idx, 3, temperature=0)[:, :13], idx)
+    with torch.enable_grad():
+        assert torch.equal(model(idx)[0], after.bfloat16())
+    with pytest.raises(ValueError, match="n_embd=40 is not divisible by 16"):
+        small_model(n_embd=40, n_head=4, n_kv_head=None).to_int8()
 
 
 def test_endless_text(monkeypatch):
@@ -711,10 +727,12 @@ def test_other_conversions(tmp_path):
     assert "widened, where the weights come from a window of 4" in read_pretrained(tmp_path, window_size=9)[2][0]
     assert GPT2.from_pretrained(tmp_path, block_size=3).config.window_size == 3
     small_model(rope=True).save_pretrained(tmp_path)
-    for window, said in (None, 0), (40, 1), (64, 0):
+    for window, said in (None, 0), (40, 1), (64, 1):                       # with rope no text ends at block_size
         notes = read_pretrained(tmp_path, block_size=64, sliding_window=bool(window), window_size=window)[2]
         assert notes[0] == "block_size: texts of up to 64 tokens; the weights come from texts of 16" and len(notes) == 1 + said
-        assert all("with a window of 40; the model wants further training" in note for note in notes[1:])
+        assert all(f"with a window of {window}; the model wants further training" in note for note in notes[1:])
+    small_model(rope=True, sliding_window=True).save_pretrained(tmp_path)
+    assert "with a window of 3;" in read_pretrained(tmp_path, block_size=3)[2][1]
 
 
 @pytest.mark.parametrize("saved, overrides, words", [
