@@ -976,8 +976,8 @@ def main():
     print(f"loss {loss:.4f} nats (an even guess over {config.vocab_size} tokens: {math.log(config.vocab_size):.4f})")
     print(f"greedy continuation: {model.generate(input_ids[:1], 8, temperature=0)[0, 16:].tolist()}\n")
 
-    print("GPT-2 124M at 1024 tokens, what each flag changes (cache: one text in bfloat16, as on a GPU; FLOPs: a\n"
-          "forward pass):\n")
+    print("GPT-2 124M at 1024 tokens, what each flag changes: cache of one text in bfloat16\n"
+          "(as on a GPU), FLOPs of a forward pass\n")
     print(f"{'':16}{'parameters':>13}{'cache, B/token':>16}{'cache, full':>13}{'MFLOPs/token':>14}")
     flags = {"plain": {}, "rope": dict(rope=True), "gqa": dict(gqa=True), "sliding_window": dict(sliding_window=True)}
     flags["all three"] = {**flags["rope"], **flags["gqa"], **flags["sliding_window"]}

@@ -153,10 +153,11 @@ def main():
     if streaming:
         print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
     for tokens in model.stream(idx, run["max_new_tokens"], **arguments):
+        tokens = tokens.tolist()                                           # waits for a GPU, so only once
         if not streaming:
-            columns.append(tokens.tolist())
+            columns.append(tokens)
         elif tokens[0] != stop:                                            # half a character is held back
-            print(decoder.decode(tokenizer.decode_bytes(tokens.tolist())), end="", flush=True)
+            print(decoder.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
             count += 1
     seconds = time.time() - began
     if streaming:

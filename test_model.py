@@ -264,14 +264,17 @@ def test_gradients_flow_through_a_cache(flags):
     assert_close(found[0] / found[0].std(), found[1] / found[0].std(), 1e-3)
 
 
+def bytes_held(cache):
+    return sum(x.untyped_storage().nbytes() for layer in cache for x in (layer.k, layer.v))
+
+
 @every_flag_setting
 def test_bytes_in_the_cache(flags):
     """A cache that holds all query heads, more than the window, or other than config.cache_bytes and the table say."""
     model = small_model(**flags)
     for length in (4, 7, 16):
         model(tokens(1, length), cache=(cache := model.new_cache(length)))
-        assert sum(x.untyped_storage().nbytes() for layer in cache for x in (layer.k, layer.v)) == \
-            model.config.cache_bytes(length)
+        assert bytes_held(cache) == model.config.cache_bytes(length)
 
 
 @torch.no_grad()
@@ -284,7 +287,7 @@ def test_half_precision_attends_in_float32(convert):
         x = model.hidden(tokens(1, 1), cache)
     assert x.dtype == torch.bfloat16 and cache[0].k.dtype == torch.float32
     assert seen.turned == 48                                               # a token's C numbers, never the cache
-    assert sum(x.untyped_storage().nbytes() for layer in cache for x in (layer.k, layer.v)) == model.config.cache_bytes(16)
+    assert bytes_held(cache) == model.config.cache_bytes(16)
 
 
 def test_a_full_cache_is_refused():

@@ -10,6 +10,7 @@ in out-evidence/; the pictures beside this file.
 Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 1,000 steps) on tinyshakespeare, three seeds.
 Cost: GPT-2's shapes with random weights, in float32, the variants taking turns; training is forward and backward.
 """
+import json
 import os
 import re
 import statistics
@@ -142,36 +143,37 @@ def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
 
 
 MEMORY = """
-import sys, torch
+import json, sys, torch
 sys.path.insert(0, sys.argv[1])
 from model import AttentionHead, GPT2Config
-def step(T, kind):
+def step(T, flags):
     qkv = [torch.randn(1, 1, T, 32, requires_grad=True) for _ in range(3)]
     open("/proc/self/clear_refs", "w").write("5")                          # the peak counts from here
     before = resident("VmRSS")
-    (AttentionHead(GPT2Config(T, **kind))(*qkv) if kind is not None else sum(qkv)).square().sum().backward()
+    (sum(qkv) if flags is None else AttentionHead(GPT2Config(T, **flags))(*qkv)).square().sum().backward()
     return resident("VmHWM") - before
 def resident(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
-kind = dict(window=dict(sliding_window=True, window_size=256), full={}, formula=dict(flash=False), none=None)[sys.argv[3]]
-step(512, kind)                                                          # what torch needs once
-print(step(int(sys.argv[2]), kind))
+flags = json.loads(sys.argv[3])                                            # null: no attention
+step(512, flags)                                                           # what torch needs once
+print(step(int(sys.argv[2]), flags))
 """
 
 
 def over_window(contexts=(1024, 8192, 16384)):
     """A window of 256 against full attention in 2 layers of 128: time of a whole step, memory of one head of 32."""
     kinds = {"window": dict(sliding_window=True, window_size=256), "full": {}}
+    more = kinds | {"formula": dict(flash=False), "none": None}
     models = {(T, kind): GPT2(GPT2Config(block_size=T, vocab_size=65, n_layer=2, n_head=4, n_embd=128, **flags), seed=0)
               for T in contexts for kind, flags in kinds.items()}
     speed = medians({job: lambda m=m, T=job[0]: training(m, T) for job, m in models.items()}, rounds=7)
-    memory = medians({(T, kind): lambda T=T, kind=kind: float(subprocess.run(
-        [sys.executable, "-c", MEMORY, ROOT, str(T), kind], capture_output=True, text=True, check=True).stdout)
-        for T in contexts for kind in (*kinds, "formula", "none")})
+    memory = medians({(T, kind): lambda T=T, flags=flags: float(subprocess.run(
+        [sys.executable, "-c", MEMORY, ROOT, str(T), json.dumps(flags)], capture_output=True, text=True, check=True).stdout)
+        for T in contexts for kind, flags in more.items()})
     table(["context", "window, us a token", "full", "as fast", "window, MB", "full, torch's kernel", "full, the formula",
            "no attention"],
           [[f"{T:,}", *(f"{1e6 / speed[T, kind]:.1f}" for kind in kinds), f"{speed[T, 'window'] / speed[T, 'full']:.1f} x",
-            *(f"{memory[T, kind]:,.1f}" for kind in (*kinds, "formula", "none"))] for T in contexts])
+            *(f"{memory[T, kind]:,.1f}" for kind in more)] for T in contexts])
 
 
 def over_processes(modes=((1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))):
