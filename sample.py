@@ -1,5 +1,5 @@
 """
-Writes text with a trained model.
+Write text with a trained model.
 
     python sample.py                                      # the model in out/
     python sample.py --init_from=gpt2 --start="The sea "  # OpenAI's weights
@@ -9,166 +9,219 @@ Writes text with a trained model.
 """
 import codecs
 import itertools
-import math
 import os
 import stat
 import sys
 import time
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 
-from data.prepare import Tokenizer, command_line, guarded, open_text, refuse
-from model import GPT2, SIZES, GPT2Config, complete
-
-OPTIONS = {
-    "init_from": (str, "resume", f"resume (the checkpoint in out_dir), {', '.join(SIZES)}, or a folder with a checkpoint"),
-    "out_dir": (str, "out", "folder of the checkpoint that resume reads"),
-    "start": (str, None, "the prompt; FILE:name reads it from a file; <|endoftext|> begins a new document [a line break]"),
-    "num_samples": (int, 1, "texts; a single one is shown as it is made"),
-    "max_new_tokens": (int, 500, "tokens of each text"),
-    "temperature": (float, 0.8, "below 1.0 safer, above 1.0 wilder, 0 always the likeliest token"),
-    "top_k": (int, 200, "choose among the k likeliest tokens, 0 = all"),
-    "top_p": (float, 1.0, "choose among the likeliest tokens that together have this probability"),
-    "stop_at_eot": (bool, False, "end a text where the model ends the document"),
-    "use_cache": (bool, True, "keep keys and values; without, the same text takes longer"),
-    "seed": (int, 1337, "of the choices"),
-    "device": (str, "auto", "auto, cpu, cuda, cuda:1, mps"),
-    "dtype": (str, "auto", "of the weights: auto, float32, bfloat16, float16, or int8 on a CPU"),
-    "compile": (bool, False, "torch.compile: a slow start, then faster"),
-    "benchmark": (bool, False, "time prompts of 32 tokens and of 3/4 block_size, and stop"),
-}
-CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size", "flash")
+from data.cli import UsageError, UserError, flag, parse_flags, run_main, usage_errors
+from data.prepare import open_text
+from data.tokenizer import load_tokenizer, replace_surrogates
+from model import (
+    GPT2,
+    SIZES,
+    GPT2Config,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    convert,
+    read_pretrained,
+)
 
 
-def piped():
-    try:
-        return stat.S_IFMT(os.fstat(sys.stdin.fileno()).st_mode) in (stat.S_IFIFO, stat.S_IFREG)
-    except (OSError, AttributeError):                                      # as in a notebook, or closed
-        return False
+@dataclass
+class Sampling:
+    init_from: str = flag("resume", "resume (the model in out_dir), " + ", ".join(SIZES)
+                          + ", or a folder with a checkpoint")
+    out_dir: str = flag("out", "folder of the model that resume reads")
+    start: str = flag(None, "prompt; FILE:name reads it from a file; <|endoftext|> starts a new "
+                      "document [a line break]", if_bare="")
+    num_samples: int = flag(1, "samples; a single one is printed while it is written", at_least=1,
+                            below=2**31)
+    max_new_tokens: int = flag(500, "tokens of each sample", at_least=1, below=2**31)
+    temperature: float = flag(0.8, "below 1 more likely text, above 1 less; 0 always takes the most "
+                              "likely token", at_least=0)
+    top_k: int = flag(200, "choose among the k most likely tokens, 0 = all", at_least=0)
+    top_p: float = flag(1.0, "choose among the most likely tokens that together have this "
+                        "probability", above=0, at_most=1)
+    stop_at_eot: bool = flag(False, "end a sample where the model ends the document")
+    use_cache: bool = flag(True, "keep keys and values; without it the same text takes longer")
+    seed: int = flag(1337, "random seed of the choices", at_least=0)
+    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
+    dtype: str = flag("auto", "of the weights: auto, float32, bfloat16, float16, or int8 on a CPU",
+                      choices=("auto", "float32", "bfloat16", "float16", "int8"))
+    compile: str = flag("False", "torch.compile: True, False; starts slowly, then writes faster",
+                        if_bare="True", choices=("True", "False"))
+    benchmark: bool = flag(False, "time prompts of 32 tokens and of 3/4 block_size, and exit")
 
 
-def read_prompt(given):
-    start = given.get("start")
-    if start is None and piped():
+# Fields of GPT2Config that may be changed in the weights that are read
+CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size",
+           "flash")
+
+
+def parse_command_line():
+    """-> (Sampling, {field of GPT2Config: value}). Raises UsageError for flags without effect."""
+    own = {f.name: f for f in fields(Sampling)}
+    shape = {f.name: f for f in fields(GPT2Config) if f.name in CHANGES}
+    typed, _ = parse_flags(__doc__, {**own, **shape})
+    if typed.get("temperature") == 0:
+        for name in sorted(typed.keys() & {"top_k", "top_p", "seed"}):
+            raise UsageError(f"--{name} has no effect at --temperature=0, which always takes the most "
+                             "likely token")
+    if typed.get("benchmark"):
+        for name in sorted(typed.keys() & {"start", "max_new_tokens", "temperature", "top_k", "top_p",
+                                           "stop_at_eot", "use_cache", "seed"}):
+            raise UsageError(f"--{name} has no effect with --benchmark")
+    if "out_dir" in typed and typed.get("init_from", "resume") != "resume":
+        raise UsageError("--out_dir has no effect with --init_from=" + typed["init_from"])
+    options = Sampling(**{name: value for name, value in typed.items() if name in own})
+    return options, {name: value for name, value in typed.items() if name in shape}
+
+
+def load(options, overrides):
+    """-> (model ready to write, its tokenizer, device, name of the dtype)"""
+    with usage_errors():
+        device, _ = choose_device(options.device)
+    if options.dtype == "int8" and device.type != "cpu":
+        raise UsageError(f"--dtype=int8 works on a CPU, not on {device}: use bfloat16 there, or "
+                         "--device=cpu")
+    source = options.init_from
+    if source == "resume":
+        source = options.out_dir
+        if not os.path.exists(os.path.join(source, "config.json")):
+            raise UserError(f"there is no checkpoint in {source}: train one with python train.py, name "
+                            "its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
+    elif source not in SIZES and not os.path.isdir(source):
+        raise UsageError(f"--init_from={source} is not resume, one of {', '.join(SIZES)}, or a folder")
+    config, weights = read_pretrained(source)
+    with usage_errors():
+        config, weights, changes = convert(config, weights, overrides)
+    model = GPT2.from_weights(config, weights)
+    for change in changes:
+        print(change, file=sys.stderr)                           # stdout is for the text
+    tokenizer = load_tokenizer(source)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, "
+                        f"the model {config.vocab_size}: its meta.json is missing or of another model")
+    if options.dtype == "int8":
+        model = model.to_int8()
+        dtype = torch.int8
+    else:
+        dtype, _ = choose_dtype(options.dtype, device)
+        model = model.to(device, dtype).for_decoding()
+    with usage_errors():
+        compiled, _ = choose_compile(options.compile, device)
+    if compiled:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+    return model, tokenizer, device, str(dtype).removeprefix("torch.")
+
+
+def read_prompt(start):
+    """The text of the prompt: `start`, the file that it names, or what is piped in."""
+    if start is None and is_piped():
         start = sys.stdin.read()
     elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
             start = f.read()
-    return start or "\n"
+    return replace_surrogates(start or "\n")
+
+
+def is_piped():
+    try:
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+    except (OSError, AttributeError):                            # in a notebook, or closed
+        return False
+    return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
 def encode_prompt(tokenizer, text):
-    """-> ids (1, T). Here, unlike in data, <|endoftext|> means the token, if the tokenizer has one."""
+    """-> ids (1, T). Here, unlike in data, <|endoftext|> is the token, if the tokenizer has one."""
     if tokenizer.end_of_text is None:
-        return torch.from_numpy(tokenizer.encode(text).astype(np.int64))[None]
-    parts = [tokenizer.encode(part).astype(np.int64) for part in text.split("<|endoftext|>")]
-    ids = parts[0]
+        parts = [text]
+    else:
+        parts = text.split("<|endoftext|>")
+    ids = tokenizer.encode(parts[0])
     for part in parts[1:]:
-        ids = np.concatenate((ids, [tokenizer.end_of_text], part))
-    return torch.from_numpy(ids)[None]
+        ids = np.concatenate((ids, [tokenizer.end_of_text], tokenizer.encode(part)))
+    return torch.from_numpy(ids.astype(np.int64))[None]
+
+
+def write_one(tokenizer, prompt, stream, stop_token):
+    """Print one text while it is written. Returns its number of tokens."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")   # holds back half a character
+    print(tokenizer.decode(prompt), end="", flush=True)
+    count = 0
+    for token in stream:
+        ids = token.tolist()
+        if ids[0] != stop_token:
+            print(decoder.decode(tokenizer.decode_bytes(ids)), end="", flush=True)
+            count += 1
+    print(decoder.decode(b"", final=True))
+    return count
+
+
+def write_many(tokenizer, prompt, stream, stop_token):
+    """Print several texts when they are complete. Returns their number of tokens."""
+    columns = [token.tolist() for token in stream]
+    count = 0
+    for ids in zip(*columns, strict=True):
+        text = list(itertools.takewhile(lambda i: i != stop_token, ids))
+        print(tokenizer.decode(prompt + text) + "\n" + "-" * 15)
+        count += len(text)
+    return count
 
 
 def benchmark(model, samples, new=32):
-    """Times reading a prompt and then each token, with random weights' text or a trained model's alike."""
-    weights = sum(p.numel() * p.element_size() for p in (*model.parameters(), *model.buffers()))
-    device = next(model.parameters()).device
+    """Time reading a prompt, and then each token. Speed does not depend on the weights."""
+    tensors = (*model.parameters(), *model.buffers())
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    device = tensors[0].device
     for length in (32, model.config.block_size * 3 // 4):
         idx = torch.randint(model.config.vocab_size, (samples, length), device=device)
-        times = []
-        for _ in range(2):                                                 # the first warms up
-            last = time.perf_counter()
+        for _ in range(2):                                       # the first time warms up
+            times = [time.perf_counter()]
             for token in model.stream(idx, new + 1, temperature=0):
-                token.tolist()                                             # waits for a GPU
-                now = time.perf_counter()
-                times.append(now - last)
-                last = now
-        prompt, one = times[new + 1], float(np.median(times[new + 2:]))
-        print(f"prompt {length:5}: read at {samples * length / prompt:,.0f} tokens per second, then {samples / one:,.1f} "
-              f"tokens per second for {samples} texts; {weights / one / 1e9:,.1f} GB/s of weights")
+                token.tolist()                                   # waits for a GPU
+                times.append(time.perf_counter())
+        seconds = np.diff(times)
+        one = float(np.median(seconds[1:]))
+        print(f"prompt {length:5}: read at {samples * length / seconds[0]:,.0f} tokens per second, then "
+              f"{samples / one:,.1f} tokens per second for {samples} texts; "
+              f"{weights / one / 1e9:,.1f} GB/s of weights")
 
 
 def main():
-    config_options = {name: (GPT2Config.__dataclass_fields__[name]) for name in CHANGES}
-    options = OPTIONS | {name: (bool if "bool" in str(f.type) else float if "float" in str(f.type) else int, None,
-                                "as in train.py; changes the weights that are read") for name, f in config_options.items()}
-    given, _ = command_line(__doc__, options)
-    run = {name: default for name, (_, default, _) in OPTIONS.items()} | given
-    for name, ok, limit in (
-            *((name, 1 <= run[name] < 2**31, "at least 1 and below 2^31") for name in ("num_samples", "max_new_tokens")),
-            ("temperature", 0 <= run["temperature"] < math.inf, "0 or more"), ("top_k", run["top_k"] >= 0, "0 or more"),
-            ("top_p", 0 < run["top_p"] <= 1, "above 0 and at most 1"),
-            ("seed", 0 <= run["seed"] < 2**63, "at least 0 and below 2^63"),
-            ("dtype", run["dtype"] in ("auto", "float32", "bfloat16", "float16", "int8"),
-             "auto, float32, bfloat16, float16 or int8")):
-        if not ok:
-            refuse(f"--{name}={run[name]} must be {limit}")
-    if run["temperature"] == 0:
-        for name in given.keys() & {"top_k", "top_p", "seed"}:
-            refuse(f"--{name} has no effect at --temperature=0, which always takes the likeliest token")
-    device = run["device"]
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):                                 # not in this machine, or not in this torch
-        refuse(f"--device={device} is not there: use auto, cpu, cuda, cuda:N or mps")
-    half = torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
-    dtype = half if run["dtype"] == "auto" else getattr(torch, run["dtype"])
-    if dtype == torch.int8 and device != "cpu":
-        refuse(f"--dtype=int8 is for the CPU, not for {device}: use bfloat16 there, or --device=cpu")
+    run_main(write, "Use fewer or shorter samples, or a smaller model")
 
-    source = complete(run["out_dir"] if run["init_from"] == "resume" else run["init_from"])
-    if run["init_from"] == "resume" and not os.path.exists(os.path.join(source, "config.json")):
-        raise FileNotFoundError(f"there is no checkpoint in {source}: train one with python train.py, name its folder with "
-                                "--out_dir, or use OpenAI's with --init_from=gpt2")
-    if source not in SIZES and not os.path.isdir(source):
-        refuse(f"--init_from={source} is neither resume, one of {', '.join(SIZES)}, nor a folder")
-    model = GPT2.from_pretrained(source, **{name: given[name] for name in CHANGES if name in given})
-    for change in model.changes:
-        print(change, file=sys.stderr)                                     # stdout is for the text
-    tokenizer = Tokenizer.load(source) if os.path.isdir(source) else Tokenizer("gpt2")
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, the model "
-                         f"{model.config.vocab_size}: its meta.json is missing or of another model")
-    if run["stop_at_eot"] and tokenizer.end_of_text is None:
-        refuse("--stop_at_eot has no effect: this model's text has no end-of-text token")
-    model = model.to_int8() if dtype == torch.int8 else model.to(device, dtype).for_decoding()
-    if run["benchmark"]:
-        return benchmark(model, run["num_samples"])
-    prompt = encode_prompt(tokenizer, read_prompt(given))
-    if run["compile"]:
-        try:
-            torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
-        except Exception as e:                                             # no Triton, no compiler: many things, many names
-            refuse("--compile does not work here ({}): leave it out".format(f"{type(e).__name__}: {e}".split("\n")[0][:100]))
-        model.hidden = torch.compile(model.hidden, dynamic=True)
 
-    arguments = dict(temperature=run["temperature"], top_k=run["top_k"] or None, top_p=run["top_p"] if run["top_p"] < 1 else None,
-                     use_cache=run["use_cache"], generator=torch.Generator(device).manual_seed(run["seed"]),
-                     stop_token=tokenizer.end_of_text if run["stop_at_eot"] else None)
-    idx = prompt.repeat(run["num_samples"], 1).to(device)
-    began, columns, count, stop = time.time(), [], 0, arguments["stop_token"]
-    streaming, decoder = len(idx) == 1, codecs.getincrementaldecoder("utf-8")("replace")
-    if streaming:
-        print(tokenizer.decode(prompt[0].tolist()), end="", flush=True)
-    for tokens in model.stream(idx, run["max_new_tokens"], **arguments):
-        tokens = tokens.tolist()                                           # waits for a GPU, so only once
-        if not streaming:
-            columns.append(tokens)
-        elif tokens[0] != stop:                                            # half a character is held back
-            print(decoder.decode(tokenizer.decode_bytes(tokens)), end="", flush=True)
-            count += 1
-    seconds = time.time() - began
-    if streaming:
-        print(decoder.decode(b"", final=True))
-    for text in zip(*columns, strict=True):
-        text = list(itertools.takewhile(lambda token: token != stop, text))
-        print(tokenizer.decode(prompt[0].tolist() + text) + "\n" + "-" * 15)
-        count += len(text)
-    print(f"{count:,} tokens in {seconds:.1f} s: {count / max(seconds, 1e-9):,.1f} tokens per second on {device}, "
-          f"{str(dtype).removeprefix('torch.')}")
+def write():
+    options, overrides = parse_command_line()
+    model, tokenizer, device, dtype = load(options, overrides)
+    if options.benchmark:
+        return benchmark(model, options.num_samples)
+    stop_token = None
+    if options.stop_at_eot:
+        stop_token = tokenizer.end_of_text
+        if stop_token is None:
+            raise UsageError("--stop_at_eot has no effect: this model has no end-of-text token")
+    prompt = encode_prompt(tokenizer, read_prompt(options.start))
+    stream = model.stream(
+        prompt.repeat(options.num_samples, 1).to(device), options.max_new_tokens,
+        options.temperature, top_k=options.top_k or None,
+        top_p=options.top_p if options.top_p < 1 else None, use_cache=options.use_cache,
+        generator=torch.Generator(device).manual_seed(options.seed), stop_token=stop_token)
+    began = time.monotonic()
+    writer = write_one if options.num_samples == 1 else write_many
+    count = writer(tokenizer, prompt[0].tolist(), stream, stop_token)
+    seconds = max(time.monotonic() - began, 1e-9)
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on {device}, "
+          f"{dtype}")
 
 
 if __name__ == "__main__":
-    guarded(main)
+    main()

@@ -1,0 +1,197 @@
+"""
+Reading token files: as samples for training, in an order that any number of processes can share.
+"""
+import glob
+import json
+import os
+import re
+import zlib
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, DistributedSampler
+
+from data import DATA
+
+SHARD_MAGIC = 20240520                                           # of llm.c's files of GPT-2 tokens
+
+
+def find_data(name):
+    """-> (folder, {"train": [paths], "val": [paths]}) of a data set that has been prepared. `name`
+    is a folder in data/, or the path of any folder."""
+    folder = os.path.join(DATA, name)
+    prepared = glob.glob(os.path.join(glob.escape(folder), "*.bin"))
+    is_path = bool(os.path.dirname(name))
+    if os.path.isdir(name) and (is_path or not prepared):
+        folder = name
+    paths = {"train": [], "val": []}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.bin"))):
+        words = re.findall("[a-z]+", os.path.basename(path).lower())
+        splits = [split for split in paths if split in words]
+        if len(splits) == 2:
+            raise ValueError(f"{path} has both train and val in its name: rename it to say which it is")
+        for split in splits:
+            paths[split].append(path)
+    for split, found in paths.items():
+        if not found:
+            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}. Prepare "
+                                    f"it with python data/prepare.py {name}, or your own files with "
+                                    f"python data/prepare.py PATH... --name={name}")
+    return folder, paths
+
+
+def token_counts(folder):
+    """{split: number of tokens} as meta.json has it, {} if it has none."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as f:
+        counts = json.load(f).get("tokens", {})
+    if not isinstance(counts, dict) or not all(type(n) is int for n in counts.values()):
+        raise ValueError(f"{path} is damaged: its tokens are not one number per split. Prepare the "
+                         "data again")
+    return counts
+
+
+def open_tokens(path):
+    """The tokens of a file, mapped. ValueError if it is damaged.
+
+    The file is raw uint16, as in nanoGPT, or one of llm.c's shards: 256 int32 (magic, version,
+    number of tokens, zeros), then uint16. A file named like NAME_000001.bin must be a shard.
+    """
+    size = os.path.getsize(path)
+    header = np.fromfile(path, dtype="<i4", count=256)
+    named_as_shard = re.search(r"_\d{6}\.bin$", path)
+    looks_like_one = len(header) == 256 and header[:3].all() and not header[3:].any()
+    if named_as_shard or looks_like_one or SHARD_MAGIC in header[:1]:
+        return open_shard(path, size, header)
+    if size == 0:
+        raise ValueError(f"{path} is empty: prepare the data again, with --val_frac below 1")
+    if size % 2:
+        raise ValueError(f"{path} is half written ({size:,} bytes): prepare the data again")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def open_shard(path, size, header):
+    magic, version, tokens = np.append(header[:3], [0, 0, 0])[:3].tolist()
+    if magic != SHARD_MAGIC or version != 1:
+        raise ValueError(f"{path} has magic {magic} and version {version}; GPT-2 tokens have "
+                         f"{SHARD_MAGIC} and 1. It is damaged or of another kind: download it again")
+    if size != 1024 + 2 * tokens:
+        raise ValueError(f"{path}: a shard of {tokens:,} tokens has {1024 + 2 * tokens:,} bytes, not "
+                         f"{size:,}. It is truncated or damaged: download it again")
+    return np.memmap(path, dtype="<u2", mode="r", offset=1024)
+
+
+class TokenDataset(Dataset):
+    """Token files cut into samples of block_size tokens. Sample i is (x, y), each (T,) int64; y is x
+    one token later. The files are mapped, so they may be larger than memory."""
+
+    def __init__(self, paths, block_size, vocab_size, expected=None):
+        """expected: the number of tokens that must be there, None if unknown."""
+        self.paths = paths
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.files = [open_tokens(path) for path in paths]
+        self.tokens = sum(map(len, self.files))
+        if expected is not None and self.tokens != expected:
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: "
+                             "it is half written. Prepare the data again")
+        # Samples of file f have the numbers from ends[f - 1] up to ends[f].
+        self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
+        if len(self) == 0:
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one sample of "
+                             f"block_size={block_size} and one more: use a smaller --block_size or "
+                             "more text")
+        self[0]                                                  # fails now if the tokens do not fit
+        self[len(self) - 1]
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def __getitem__(self, i):
+        x, y = self.__getitems__([i])
+        return x[0], y[0]
+
+    def __getitems__(self, indices):
+        """The samples as a batch: x and y, each (B, T)."""
+        T = self.block_size
+        batch = np.empty((len(indices), T + 1), dtype=np.int64)
+        for row, i in zip(batch, indices, strict=True):
+            file = int(np.searchsorted(self.ends, i, side="right"))
+            first = int(self.ends[file - 1]) if file else 0
+            start = (i - first) * T
+            row[:] = self.read(file, start, start + T + 1)
+        batch = torch.from_numpy(batch)
+        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+
+    def read(self, file, start, end):
+        """Tokens start to end of a file. ValueError if one is outside the vocabulary."""
+        ids = self.files[file][start:end]
+        if ids.max() >= self.vocab_size:
+            raise ValueError(f"{self.paths[file]} holds token {ids.max()}, beyond the vocabulary of "
+                             f"{self.vocab_size}: it was made with another tokenizer")
+        return ids
+
+    def spans(self, stride):
+        """What an evaluation of all tokens reads: rows (file, begin, first, end), `stride` apart.
+        From tokens[begin:end] of a file, at most block_size + 1, the tokens from `first` on are to
+        be predicted, which the row before did not reach: every token but a file's first, once."""
+        rows = []
+        for file, tokens in enumerate(self.files):
+            first = 1
+            begin = 0
+            while first < len(tokens):
+                end = min(begin + self.block_size + 1, len(tokens))
+                rows.append((file, begin, first, end))
+                first = end
+                begin += stride
+        return np.array(rows)
+
+    def fingerprint(self):
+        """A text that differs between data sets, from the sizes and a sample of the tokens."""
+        crc = 0
+        for file in self.files:
+            some = file[::max(1, len(file) // 20)]
+            crc = zlib.crc32(np.append(some, len(file)), crc)
+        return f"{self.tokens:,} tokens (checksum {crc:08x})"
+
+
+class EndlessSampler(DistributedSampler):
+    """torch's DistributedSampler without an end, which can start anywhere.
+
+    The shuffled epochs follow each other in one line of samples, and process r of R takes every R-th
+    of it. So a step reads the same samples for any R, each sample comes once an epoch, and the
+    position is one number: the samples consumed, by all processes together. Of several files the
+    order is shuffled, and the samples within each: reads stay local, and memory small.
+    """
+
+    def __init__(self, dataset, rank, world_size, seed, consumed=0):
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed)
+        self.consumed = consumed
+        self.ends = [0, *map(int, dataset.ends)]
+
+    def __len__(self):
+        raise TypeError("an EndlessSampler has no length")
+
+    def __iter__(self):
+        position = self.consumed // len(self.dataset) * len(self.dataset)
+        while True:
+            self.set_epoch(position // len(self.dataset))
+            generator = torch.Generator().manual_seed(self.seed + self.epoch)
+            for file in self.shuffled_files(generator):
+                first = self.ends[file]
+                samples = self.ends[file + 1] - first
+                order = first + torch.randperm(samples, generator=generator).numpy()
+                # Position p of the line belongs to process p % R.
+                start = max(self.consumed - position, 0)
+                start += (self.rank - position - start) % self.num_replicas
+                for i in order[start::self.num_replicas]:
+                    yield int(i)
+                position += samples
+
+    def shuffled_files(self, generator):
+        files = len(self.ends) - 1
+        if files == 1:
+            return [0]                                           # draws nothing, as torch's sampler
+        return torch.randperm(files, generator=generator).tolist()

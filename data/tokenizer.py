@@ -1,0 +1,159 @@
+"""
+Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of characters.
+
+A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "gpt2"}, or
+{"tokenizer": "char", "characters": "...", "end_of_text": id or null}.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+
+import numpy as np
+
+UNKNOWN = 65535                                                  # the id of no character
+# Unicode's white space, as tiktoken's regular expression sees it
+WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+class Tokenizer:
+    """What both kinds share. They have a `name`, a `vocab_size` and `end_of_text`, the id of the
+    token between documents (None if there is none)."""
+
+    def decode(self, ids):
+        """A list of ids -> text."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def known(self, ids):
+        """The ids below vocab_size: a model's vocabulary may be rounded up."""
+        return [i for i in ids if i < self.vocab_size]
+
+
+class GPT2Tokenizer(Tokenizer):
+    name = "gpt2"
+    vocab_size = 50257
+    end_of_text = 50256
+
+    def encode(self, text):
+        """-> uint16 array. "<|endoftext|>" in a text is plain text, not the token."""
+        try:
+            return gpt2_bpe().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
+        except UnicodeEncodeError:
+            return self.encode(replace_surrogates(text))
+        except ValueError:                                       # too much white space for tiktoken
+            # Cut where tiktoken cuts anyway: before the last of a run of white space.
+            parts = re.split(f"(?<=[{WHITE}])(?=[{WHITE}][^{WHITE}])", text)
+            if len(parts) == 1:
+                raise
+            return np.concatenate([self.encode(part) for part in parts])
+
+    def decode_bytes(self, ids):
+        """-> UTF-8. A token can be part of a character, so single tokens may not be valid UTF-8."""
+        return gpt2_bpe().decode_bytes(self.known(ids))
+
+    def byte_lengths(self):
+        """The number of bytes of text for each id; the token between documents is no text."""
+        bpe = gpt2_bpe()
+        lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(self.end_of_text)]
+        return np.array([*lengths, 0])
+
+    def to_json(self):
+        return {"tokenizer": "gpt2"}
+
+
+class CharTokenizer(Tokenizer):
+    name = "char"
+
+    def __init__(self, characters, end_of_text=None):
+        """characters: a text with each character once; its place is its id. end_of_text: None, or
+        the first id after them."""
+        if not isinstance(characters, str) or not characters:
+            raise ValueError("a character tokenizer needs its table of characters")
+        if len(set(characters)) != len(characters):
+            raise ValueError("a character occurs twice in the table of characters")
+        if end_of_text not in (None, len(characters)):
+            raise ValueError(f"end_of_text={end_of_text!r} must be {len(characters)}, the first id "
+                             "after the characters, or null")
+        self.characters = characters
+        self.end_of_text = end_of_text
+        self.vocab_size = len(characters) + (end_of_text is not None)
+        if self.vocab_size > UNKNOWN:
+            raise ValueError(f"{self.vocab_size} different characters do not fit uint16: use "
+                             "--tokenizer=gpt2")
+        self.ids = np.full(0x110000, UNKNOWN, dtype=np.uint16)   # code point -> id
+        self.ids[code_points(characters)] = np.arange(len(characters))
+
+    def encode(self, text):
+        """-> uint16 array. ValueError for a character that is not in the table."""
+        ids = self.ids[code_points(text)]
+        unknown = np.flatnonzero(ids == UNKNOWN)
+        if unknown.size:
+            raise ValueError(f"the character {text[unknown[0]]!r} is not among the "
+                             f"{len(self.characters)} that the model was trained on: "
+                             f"{''.join(sorted(self.characters))[:120]!r}")
+        return ids
+
+    def decode_bytes(self, ids):
+        """-> UTF-8"""
+        texts = [*self.characters, "<|endoftext|>"]
+        return "".join(texts[i] for i in self.known(ids)).encode()
+
+    def byte_lengths(self):
+        """The number of bytes of text for each id; the token between documents is no text."""
+        return np.array([*(len(c.encode()) for c in self.characters), 0])
+
+    def to_json(self):
+        return {"tokenizer": "char", "characters": self.characters, "end_of_text": self.end_of_text}
+
+
+def tokenizer_from_json(meta):
+    """The tokenizer with this to_json(). ValueError, KeyError or TypeError if it is damaged."""
+    if meta["tokenizer"] == "gpt2":
+        return GPT2Tokenizer()
+    if meta["tokenizer"] == "char":
+        return CharTokenizer(meta.get("characters"), meta.get("end_of_text"))
+    raise ValueError(f"tokenizer {meta['tokenizer']!r:.50} is not known: use gpt2 or char")
+
+
+def load_tokenizer(folder):
+    """The tokenizer in folder/meta.json; GPT-2's where there is none."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        if os.path.exists(os.path.join(folder, "meta.pkl")):
+            raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is not "
+                             "read: prepare the data again with data/prepare.py, which writes "
+                             "meta.json")
+        return GPT2Tokenizer()
+    with open(path, encoding="utf-8") as f:
+        try:
+            return tokenizer_from_json(json.load(f))
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def code_points(text):
+    return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
+
+
+def replace_surrogates(text):
+    """Replace each half of a surrogate pair, which JSON can hold and UTF-8 cannot, with U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+@functools.cache
+def gpt2_bpe():
+    import requests
+    import tiktoken
+    # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
+    if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
+        os.environ["TIKTOKEN_CACHE_DIR"] = os.path.expanduser("~/.cache/tiktoken")
+    try:
+        return tiktoken.get_encoding("gpt2")
+    except (requests.RequestException, OSError, ValueError) as error:
+        files = [f"{BPE_URL}{name} as {hashlib.sha1((BPE_URL + name).encode()).hexdigest()}"
+                 for name in ("vocab.bpe", "encoder.json")]
+        raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded ({type(error).__name__}). "
+                              "To work offline, set TIKTOKEN_CACHE_DIR to a folder with two files: "
+                              + "; ".join(files)) from None
