@@ -518,7 +518,7 @@ def save_state(trainer, tokenizer, content):
     for i, optimizer in enumerate(trainer.optimizers):
         keys = []
         for name, p in trainer.parameters.items():
-            for key, value in optimizer.state.get(p, {}).items():
+            for key, value in sorted(optimizer.state.get(p, {}).items()):
                 if not isinstance(value, torch.Tensor):
                     raise TypeError(f"the optimizer keeps {key}={value!r} for {name}; only tensors "
                                     "can be saved")
@@ -1298,9 +1298,11 @@ def start():
     try:
         code = train(typed, device, why)
     except RuntimeError as error:
-        if lost_connection(error):
+        if not lost_connection(error):
+            raise
+        if is_main():
             raise UserError("another process of this run died; stopping") from None
-        raise
+        return 1
     if dist.is_initialized():
         dist.destroy_process_group()
     return code
