@@ -37,6 +37,24 @@ def flag(default, text, **metadata):
     return field(default=default, metadata={"help": text, **metadata})
 
 
+def check_type(f, value):
+    """Raise ValueError unless `value` is one that the field f of GPT2Config can have."""
+    shown = f"{f.name}={value!r:.50}"
+    if value is None and f.default is None:
+        return
+    if f.type is bool and type(value) is not bool:
+        raise ValueError(f"{shown} must be True or False")
+    if f.type is float and type(value) not in (int, float):
+        raise ValueError(f"{shown} must be a number")
+    whole = type(value) is int and 0 < value <= 2**24
+    if f.type not in (bool, float) and not whole:
+        raise ValueError(f"{shown} must be a whole number from 1 to 16,777,216")
+
+
+# A field that has an effect only with a switch.
+SWITCHES = {"rope": "rope_theta", "gqa": "n_kv_head", "sliding_window": "window_size"}
+
+
 @dataclass
 class GPT2Config:
     """The shape of the model. The defaults are GPT-2 124M.
@@ -65,60 +83,32 @@ class GPT2Config:
 
     def __post_init__(self):
         for f in fields(self):
-            self._check_type(f, getattr(self, f.name))
-        self._check_without_effect("rope", "rope_theta")
-        self._check_without_effect("gqa", "n_kv_head")
-        self._check_without_effect("sliding_window", "window_size")
+            check_type(f, getattr(self, f.name))
+        for switch, name in SWITCHES.items():
+            value = getattr(self, name)
+            if value != getattr(GPT2Config, name) and not getattr(self, switch):
+                raise ValueError(f"{name}={value} has no effect without {switch}: add --{switch}")
+        heads = self.n_head
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} must be at least 0 and below 1")
-        if self.n_embd % self.n_head:
-            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: "
-                             f"try n_embd={near}")
-        if self.rope:
-            self._check_rope()
-        if self.gqa:
-            self._choose_kv_heads()
-        if self.sliding_window:
-            self._choose_window()
-
-    def _check_type(self, f, value):
-        shown = f"{f.name}={value!r:.50}"
-        if f.type is bool:
-            if type(value) is not bool:
-                raise ValueError(f"{shown} must be True or False")
-        elif f.type is float:
-            if type(value) not in (int, float):
-                raise ValueError(f"{shown} must be a number")
-        elif value is None and f.default is None:
-            return
-        elif type(value) is not int or not 0 < value <= 2**24:
-            raise ValueError(f"{shown} must be a whole number from 1 to 16,777,216")
-
-    def _check_without_effect(self, switch, name):
-        value = getattr(self, name)
-        if value != getattr(GPT2Config, name) and not getattr(self, switch):
-            raise ValueError(f"{name}={value} has no effect without {switch}: add --{switch}")
-
-    def _check_rope(self):
-        if self.head_dim % 2:
+        if self.n_embd % heads:
+            near = max(1, round(self.n_embd / heads)) * heads
+            raise ValueError(f"n_embd={self.n_embd} is not divisible by n_head={heads}: try "
+                             f"n_embd={near}")
+        if self.rope and self.head_dim % 2:
             raise ValueError(f"rope rotates pairs, so the head size n_embd/n_head={self.head_dim} "
-                             f"must be even: try n_embd={(self.head_dim + 1) * self.n_head}")
+                             f"must be even: try n_embd={(self.head_dim + 1) * heads}")
         if not 1 < self.rope_theta <= 1e12:
             raise ValueError(f"rope_theta={self.rope_theta} must be above 1 and at most 1e12")
-
-    def _choose_kv_heads(self):
-        divisors = [d for d in range(1, self.n_head + 1) if self.n_head % d == 0]
-        if self.n_kv_head is None:
-            self.n_kv_head = max(d for d in divisors if d == 1 or d <= self.n_head // 3)
-        if self.n_kv_head not in divisors:
-            raise ValueError(f"n_head={self.n_head} is not divisible by n_kv_head="
-                             f"{self.n_kv_head}: try one of {divisors}")
-
-    def _choose_window(self):
-        if self.window_size is None:
+        divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+        if self.gqa and self.n_kv_head is None:
+            self.n_kv_head = max(d for d in divisors if d <= max(1, heads // 3))
+        if self.gqa and self.n_kv_head not in divisors:
+            raise ValueError(f"n_head={heads} is not divisible by n_kv_head={self.n_kv_head}: try "
+                             f"one of {divisors}")
+        if self.sliding_window and self.window_size is None:
             self.window_size = max(1, self.block_size // 4)
-        if self.window_size > self.block_size:
+        if self.sliding_window and self.window_size > self.block_size:
             raise ValueError(f"window_size={self.window_size} is longer than block_size="
                              f"{self.block_size}: choose at most {self.block_size}, or leave out "
                              "sliding_window")
@@ -579,10 +569,10 @@ class GPT2(nn.Module):
         """Write config.json and model.safetensors in Hugging Face's layout, for from_pretrained and
         transformers."""
         os.makedirs(folder, exist_ok=True)
-        with atomic_write(os.path.join(folder, "config.json")) as f:
+        with atomic_write(f"{folder}/config.json") as f:
             f.write(json.dumps(config_to_json(self.config), indent=2).encode())
         weights = dict(self.named_parameters())
-        write_weights(os.path.join(folder, "model.safetensors"), weights, weights.values())
+        write_weights(f"{folder}/model.safetensors", weights, weights.values())
 
     @classmethod
     def from_pretrained(cls, name_or_folder, **overrides):
@@ -641,28 +631,23 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
 def choose_device(name="auto"):
     """-> (torch.device, why). name: auto, cpu, mps, cuda or cuda:N."""
     why = "as given"
-    if name == "auto" and torch.cuda.is_available():
-        name = "cuda"
-        why = "found a GPU"
-    elif name == "auto" and torch.backends.mps.is_available():
-        name = "mps"
-        why = "found Apple's GPU"
-    elif name == "auto":
+    if name == "auto":
         name = "cpu"
-        why = "found no GPU"
-    problem = f"--device={name} was not found: use auto, cpu, cuda, cuda:N or mps"
-    if name.split(":")[0] not in ("cpu", "cuda", "mps"):
-        raise ValueError(problem)
+        if torch.backends.mps.is_available():
+            name = "mps"
+        if torch.cuda.is_available():
+            name = "cuda"
+        why = "found no GPU" if name == "cpu" else "found a GPU"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):                       # AssertionError: torch without CUDA
-        raise ValueError(problem) from None
-    device = torch.device(name)
-    if device.type == "cuda":
-        why += f", {torch.cuda.get_device_name(device)}"
-    elif device.type == "cpu":
-        why += f", {torch.get_num_threads()} threads"
-    return device, why
+        found = name.split(":")[0] in ("cpu", "cuda", "mps")
+    except (RuntimeError, AssertionError):                       # AssertionError: no CUDA in torch
+        found = False
+    if not found:
+        raise ValueError(f"--device={name} was not found: use auto, cpu, cuda, cuda:N or mps")
+    if name.startswith("cuda"):
+        why += f", {torch.cuda.get_device_name(name)}"
+    return torch.device(name), why
 
 
 def choose_dtype(name, device, float16=True):
@@ -906,8 +891,8 @@ def config_from_json(saved):
 def read_pretrained(name_or_folder):
     """-> (GPT2Config, {parameter name: float32 tensor}) of a folder or one of OpenAI's models."""
     if os.path.isdir(name_or_folder):
-        config_path = os.path.join(name_or_folder, "config.json")
-        weights_path = os.path.join(name_or_folder, "model.safetensors")
+        config_path = f"{name_or_folder}/config.json"
+        weights_path = f"{name_or_folder}/model.safetensors"
         if not os.path.exists(weights_path):
             raise FileNotFoundError(f"{weights_path} not found" + advice_on_pickles(name_or_folder))
     elif name_or_folder in SIZES:
@@ -1122,7 +1107,7 @@ def write_safetensors(f, entries, tensors, metadata=None):
 
 def read_safetensors(path):
     """-> ({name: tensor}, {metadata}). The tensors are mapped from the file, copy-on-write. Raises
-    ValueError for a damaged file: nothing in it is executed, and no size that it claims is trusted."""
+    ValueError for a damaged file: nothing in it is executed, and no size that it claims is used."""
     with open(path, "rb") as f:
         try:
             header, start = read_header(f)
@@ -1146,8 +1131,8 @@ def read_header(f):
     if brace != b"{" and start.startswith((b"PK", b"\x80")):
         raise ValueError("is a pickle, which could run code, so it is not read")
     if brace != b"{" or not 0 < length <= min(size - 8, 100_000_000):
-        raise ValueError(f"is damaged or truncated: its header claims {length:,} bytes, the file has "
-                         f"{size:,}")
+        raise ValueError(f"is damaged or truncated: its header claims {length:,} bytes, the file "
+                         f"has {size:,}")
     try:
         return json.loads(brace + f.read(length - 1)), 8 + length
     except (ValueError, RecursionError):
@@ -1156,34 +1141,42 @@ def read_header(f):
 
 def map_tensors(header, mapped, start):
     """-> {name: tensor} of the entries in a safetensors header. `mapped`: the file's bytes."""
+    end = start
+    tensors = {}
     for name, entry in header.items():
         if not is_entry(entry):
             raise ValueError(f"{name!r:.80} has a wrong dtype, shape or data_offsets")
-    tensors = {}
-    at = 0
-    for name, entry in sorted(header.items(), key=entry_offset):
-        begin, end = entry["data_offsets"]
-        if begin != at:
-            raise ValueError(f"{name!r:.80} begins at byte {begin}, the tensor before it ends at {at}")
-        if not begin <= end <= len(mapped) - start:
+    for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+        shape = header[name]["shape"]
+        begin, after = (start + offset for offset in header[name]["data_offsets"])
+        if begin != end:
+            raise ValueError(f"{name!r:.80} begins at byte {begin}, the tensor before it ends at {end}")
+        if not begin <= after <= len(mapped):
             raise ValueError(f"{name!r:.80} reaches beyond the end of the file: it is truncated")
-        at = end
+        end = after
         if name.endswith(MASKS):                                 # bytes or booleans in old files
             continue
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{name!r:.80} has dtype {entry['dtype']!r:.20}; known are "
+        dtype = DTYPES.get(header[name]["dtype"])
+        if dtype is None:
+            raise ValueError(f"{name!r:.80} has dtype {header[name]['dtype']!r:.20}; known are "
                              f"{', '.join(DTYPES)}")
-        dtype = DTYPES[entry["dtype"]]
-        shape = entry["shape"]
-        if math.prod(shape) * dtype.itemsize != end - begin:
+        count = math.prod(shape)
+        if count * dtype.itemsize != end - begin:
             raise ValueError(f"{name!r:.80} has {end - begin} bytes for shape {str(shape):.80}")
-        tensors[name] = map_tensor(mapped, start + begin, start + end, dtype).view(shape)
-    if at != len(mapped) - start:
-        raise ValueError(f"holds {len(mapped) - start - at} bytes that belong to no tensor")
+        if count == 0:
+            tensors[name] = torch.empty(shape, dtype=dtype)
+        elif begin % dtype.itemsize:                             # unaligned numbers are copied
+            tensors[name] = torch.frombuffer(bytearray(mapped[begin:end]), dtype=dtype).view(shape)
+        else:
+            flat = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+            tensors[name] = flat.view(shape)
+    if end != len(mapped):
+        raise ValueError(f"holds {len(mapped) - end} bytes that belong to no tensor")
     return tensors
 
 
 def is_entry(entry):
+    """Whether an entry of the header has the fields that it must have."""
     if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
         return False
     shape = entry.get("shape")
@@ -1192,19 +1185,6 @@ def is_entry(entry):
         return False
     whole = all(type(n) is int and n >= 0 for n in shape + offsets)
     return whole and len(offsets) == 2 and len(shape) <= 8
-
-
-def entry_offset(item):
-    return item[1]["data_offsets"]
-
-
-def map_tensor(mapped, begin, end, dtype):
-    if begin == end:
-        return torch.empty(0, dtype=dtype)
-    if begin % dtype.itemsize:                                   # unaligned numbers are copied
-        return torch.frombuffer(bytearray(mapped[begin:end]), dtype=dtype)
-    count = (end - begin) // dtype.itemsize
-    return torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
 
 
 # --------------------------------------------------------------------------------------------------

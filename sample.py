@@ -93,7 +93,7 @@ def load(options, overrides):
     source = options.init_from
     if source == "resume":
         source = options.out_dir
-        if not os.path.exists(os.path.join(source, "config.json")):
+        if not os.path.exists(f"{source}/config.json"):
             raise UserError(f"there is no checkpoint in {source}: train one with python train.py, name "
                             "its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
     elif source not in SIZES and not os.path.isdir(source):

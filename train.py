@@ -23,7 +23,7 @@ import signal
 import sys
 import textwrap
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, astuple, dataclass, fields
 from datetime import timedelta
 
 import numpy as np
@@ -134,24 +134,24 @@ OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a num
 def parse_command_line():
     """-> {name: value} of the flags that were typed. Raises UsageError for those without effect."""
     typed, _ = parse_flags(__doc__, {**RUN, **SHAPE})
-    if "plot" in typed and typed.keys() - {"plot", "out_dir"}:
-        other = min(typed.keys() - {"plot", "out_dir"})
-        raise UsageError(f"--{other} has no effect with --plot, which only draws")
-    if not typed.get("decay_lr", True):
-        for name in sorted(typed.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"}):
-            raise UsageError(f"--{name} has no effect without --decay_lr")
+    others = sorted(typed.keys() - {"plot", "out_dir"})
+    schedule = sorted(typed.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"})
+    if "plot" in typed and others:
+        raise UsageError(f"--{others[0]} has no effect with --plot, which only draws")
+    if schedule and not typed.get("decay_lr", True):
+        raise UsageError(f"--{schedule[0]} has no effect without --decay_lr")
     if typed.get("benchmark") and typed.get("eval_only"):
         raise UsageError("--benchmark times training steps and --eval_only makes none: leave one out")
     if typed.get("eval_only") and typed.get("init_from", "scratch") == "scratch":
         raise UsageError("--eval_only would measure random weights: add --init_from=resume, a folder "
                          f"or one of {', '.join(SIZES)}")
-    if not is_distributed() and typed.get("fsdp"):
-        raise UsageError("--fsdp shares one model among several processes: start them with torchrun "
-                         "--standalone --nproc_per_node=2 train.py --fsdp")
-    if not is_distributed() and "backend" in typed:
-        raise UsageError("--backend has no effect on one process")
     if "eval_stride" in typed and not typed.get("eval_only"):
         raise UsageError("--eval_stride has no effect without --eval_only")
+    if typed.get("fsdp") and not is_distributed():
+        raise UsageError("--fsdp shares one model among several processes: start them with torchrun "
+                         "--standalone --nproc_per_node=2 train.py --fsdp")
+    if "backend" in typed and not is_distributed():
+        raise UsageError("--backend has no effect on one process")
     for package in ("tensorboard", "wandb"):
         if typed.get(package):
             try:
@@ -169,7 +169,7 @@ def resolve(typed):
     asked = Run(**{name: value for name, value in typed.items() if name in RUN})
     source = asked.init_from
     if source in ("resume", "auto"):
-        found = os.path.exists(os.path.join(asked.out_dir, STATE))
+        found = os.path.exists(f"{asked.out_dir}/{STATE}")
         check_same(f"checkpoint in {asked.out_dir}, which all machines must share", found)
         if source == "resume" and not found:
             raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
@@ -421,19 +421,17 @@ class State:
     evaluated_step: int = -1                     # of the last evaluation
 
     def __post_init__(self):
-        for f in fields(self):
-            if type(getattr(self, f.name)) is not f.type:
-                raise ValueError(f"{f.name}={getattr(self, f.name)!r:.50} is not of type "
-                                 f"{f.type.__name__}")
+        if [type(value) for value in astuple(self)] != [int, int, float, int, int]:
+            raise ValueError(f"{self} has values of wrong types")
         if self.step < 0 or self.samples < 0 or math.isnan(self.best_val_loss):
-            raise ValueError(f"the values of {self} are impossible")
+            raise ValueError(f"{self} is impossible")
 
 
 class Checkpoint:
     """A training state, read from out_dir."""
 
     def __init__(self, out_dir):
-        self.path = os.path.join(out_dir, STATE)
+        self.path = f"{out_dir}/{STATE}"
         try:
             self.tensors, metadata = read_safetensors(self.path)
             saved = json.loads(metadata["training_state"])
@@ -446,8 +444,14 @@ class Checkpoint:
             self.data = dict(saved["data"])
             self.scaler = dict(saved["scaler"])
             self.optimizers = [(str(name), list(keys)) for name, keys in saved["optimizers"]]
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            raise ValueError(self.damaged(error)) from None
+            with torch.device("meta"):
+                expected = dict(GPT2(config).named_parameters())
+            for name, p in expected.items():
+                if name not in self.tensors or self.tensors[name].shape != p.shape:
+                    raise ValueError(f"it has no {name} of shape {tuple(p.shape)}")
+            self.weights = {name: self.tensors.pop(name) for name in expected}
+        except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise UserError(self.damaged(error)) from None
 
     def damaged(self, error):
         """The text of an error in the file, with safe advice."""
@@ -457,10 +461,6 @@ class Checkpoint:
             text += f". The state before it is {previous}: rename it to {STATE} to resume from there"
         return text
 
-    def weights(self):
-        return {name: tensor for name, tensor in self.tensors.items()
-                if not name.startswith("optimizer.")}
-
     def restore(self, optimizers, parameters):
         """Load the state of the optimizers, or this process's shards of it."""
         names = [type(optimizer).__name__ for optimizer in optimizers]
@@ -469,7 +469,7 @@ class Checkpoint:
             raise UserError(f"{self.path} holds the state of {', '.join(saved_names)}; this run uses "
                             f"{', '.join(names)}")
         by_parameter = {p: name for name, p in parameters.items()}
-        rest = {name: t for name, t in self.tensors.items() if name.startswith("optimizer.")}
+        rest = dict(self.tensors)
         for i, (optimizer, (_, keys)) in enumerate(zip(optimizers, self.optimizers, strict=True)):
             state = {}
             for group in optimizer.param_groups:
@@ -533,11 +533,11 @@ def save_state(trainer, tokenizer, content):
     saved = {"state": asdict(trainer.state), "run": settings, "config": asdict(trainer.config),
              "tokenizer": tokenizer.to_json(), "data": content, "optimizers": optimizers,
              "scaler": trainer.scaler.state_dict()}
-    path = os.path.join(run.out_dir, STATE)
+    path = f"{run.out_dir}/{STATE}"
     entries = {name: (t.dtype, t.shape) for name, t in tensors.items()}
     with atomic_write(path) as f:
         write_safetensors(f, entries, whole, {"training_state": json.dumps(saved)})
-        keep_previous(path, os.path.join(run.out_dir, PREVIOUS))
+        keep_previous(path, f"{run.out_dir}/{PREVIOUS}")
 
 
 def keep_previous(path, previous):
@@ -553,9 +553,9 @@ def save_export(trainer, tokenizer):
     if not is_main():
         return exhaust(whole)
     out_dir = trainer.run.out_dir
-    write_json(os.path.join(out_dir, "config.json"), config_to_json(trainer.config))
-    write_json(os.path.join(out_dir, "meta.json"), tokenizer.to_json())
-    write_weights(os.path.join(out_dir, "model.safetensors"), trainer.parameters, whole,
+    write_json(f"{out_dir}/config.json", config_to_json(trainer.config))
+    write_json(f"{out_dir}/meta.json", tokenizer.to_json())
+    write_weights(f"{out_dir}/model.safetensors", trainer.parameters, whole,
                   {"step": str(trainer.state.step)})
 
 
@@ -576,21 +576,21 @@ def set_aside(out_dir):
     and the weights go last: as long as they are here, the next call finishes an interrupted move."""
     names = [STATE, PREVIOUS, "config.json", "meta.json", "metrics.jsonl", "loss.svg", "tensorboard",
              "training_state.pt", "model.safetensors"]
-    here = [name for name in names if os.path.exists(os.path.join(out_dir, name))]
+    here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
     if STATE not in here and "model.safetensors" not in here:
         return None
     number = 1
-    while any(os.path.exists(os.path.join(out_dir, f"run-{number}", name)) for name in here):
+    while any(os.path.exists(f"{out_dir}/run-{number}/{name}") for name in here):
         number += 1
-    folder = os.path.join(out_dir, f"run-{number}")
+    folder = f"{out_dir}/run-{number}"
     os.makedirs(folder, exist_ok=True)
     for name in here:
-        os.rename(os.path.join(out_dir, name), os.path.join(folder, name))
+        os.rename(f"{out_dir}/{name}", f"{folder}/{name}")
     return folder
 
 
 def advice_on_old_layout(out_dir):
-    if os.path.exists(os.path.join(out_dir, "training_state.pt")):
+    if os.path.exists(f"{out_dir}/training_state.pt"):
         return (". Its training_state.pt is of an older version and cannot be resumed. Start a run "
                 f"from its weights: python train.py --init_from={out_dir} --out_dir={out_dir}-2")
     return ": name its folder with --out_dir, or leave out --init_from to start from scratch"
@@ -608,15 +608,17 @@ class Log:
         self.first_step = step
         self.since_step = step                   # of the last record, and its time
         self.since = self.began = time.monotonic()
-        self.path = os.path.join(run.out_dir, "metrics.jsonl")
+        self.path = f"{run.out_dir}/metrics.jsonl"
         self.width = 0
-        self.sinks = []                          # functions of a record
         if not is_main():
             return
+        self.tensorboard = None
+        self.wandb = None
         if run.tensorboard:
-            self.sinks.append(tensorboard_sink(run, step))
+            from torch.utils.tensorboard import SummaryWriter
+            self.tensorboard = SummaryWriter(f"{run.out_dir}/tensorboard", purge_step=step)
         if run.wandb:
-            self.sinks.append(wandb_sink(run, config))
+            self.wandb = start_wandb(run, config)
         kept = [r for r in read_metrics(run.out_dir) if resumed and r["step"] <= step]
         with atomic_write(self.path) as f:                       # later records will come again
             f.writelines(json.dumps(record).encode() + b"\n" for record in kept)
@@ -634,8 +636,11 @@ class Log:
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}. The last checkpoint is "
                             "untouched") from None
-        for sink in self.sinks:
-            sink(values)
+        if self.wandb:
+            self.wandb.log(values, step=step)
+        if self.tensorboard:
+            for name, value in values.items():
+                self.tensorboard.add_scalar(name, value, step)
 
     def step(self, trainer, loss, norm):
         """Log a training step."""
@@ -678,31 +683,18 @@ class Log:
             print(text, flush=True)
 
 
-def tensorboard_sink(run, step):
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(os.path.join(run.out_dir, "tensorboard"), purge_step=step)
-
-    def sink(values):
-        for name, value in values.items():
-            writer.add_scalar(name, value, values["step"])
-    return sink
-
-
-def wandb_sink(run, config):
+def start_wandb(run, config):
     import wandb
     try:
         wandb.init(project="gpt2", name=run.out_dir, config={**asdict(run), **asdict(config)})
     except Exception as error:                                   # wandb raises its own kinds
         raise UserError(f"--wandb cannot start: {error}") from None
-
-    def sink(values):
-        wandb.log(values, step=values["step"])
-    return sink
+    return wandb
 
 
 def read_metrics(out_dir):
     """The records of metrics.jsonl. A truncated line, or one that is not of numbers, is skipped."""
-    path = os.path.join(out_dir, "metrics.jsonl")
+    path = f"{out_dir}/metrics.jsonl"
     if not os.path.exists(path):
         return []
     records = []
@@ -722,16 +714,16 @@ def plot(out_dirs, path, over="step"):
     for out_dir in out_dirs:
         points = {"loss": [], "val_loss": []}
         for record in read_metrics(out_dir):
-            for name in points:
-                if math.isfinite(record.get(name, math.inf)):
+            for name in points.keys() & record.keys():
+                if math.isfinite(record[name]):
                     points[name].append((record[over], record[name]))
-        if not points["loss"] and not points["val_loss"]:
-            raise UserError(f"{os.path.join(out_dir, 'metrics.jsonl')} holds no losses to draw: train "
-                            "first")
+        line, dots = points.values()
+        if not line and not dots:
+            raise UserError(f"{out_dir}/metrics.jsonl holds no losses to draw: train first")
         label = os.path.normpath(out_dir)[-60:]
-        if points["val_loss"]:
-            label += f", best validation {min(y for _, y in points['val_loss']):.4f}"
-        curves.append((label, thin_out(points["loss"], 640), points["val_loss"]))
+        if dots:
+            label += f", best validation {min(y for _, y in dots):.4f}"
+        curves.append((label, line[::len(line) // 640 + 1], dots))     # one point for a pixel
     every = [point for _, line, dots in curves for point in line + dots]
     last = max(x for x, _ in every)
     low = min(y for _, y in every)
@@ -739,12 +731,6 @@ def plot(out_dirs, path, over="step"):
     margin = 0.05 * (high - low or 1)
     axes = (f"{over.rstrip('s')}s (thin: training, dots: validation)", "loss (nats per token)")
     draw(path, curves, axes, low - margin, high + margin)
-
-
-def thin_out(points, most):
-    """At most about `most` points: the means of runs of neighbours."""
-    run = max(1, math.ceil(len(points) / most))
-    return [tuple(np.mean(points[i:i + run], axis=0)) for i in range(0, len(points), run)]
 
 
 COLORS = ("#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a")
@@ -801,9 +787,10 @@ def circle(x, y, color):
 
 
 def ticks(low, high):
-    """At most eight round numbers from low to high."""
-    size = 10 ** math.floor(math.log10(high - low))
-    step = next(size * m for m in (0.1, 0.2, 0.25, 0.5, 1, 2) if (high - low) / (size * m) <= 7)
+    """Two to ten round numbers from low to high."""
+    step = 10 ** math.floor(math.log10(high - low))
+    if high - low < 4 * step:
+        step /= 2
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
@@ -848,8 +835,8 @@ def peak_flops(device, dtype):
 def open_data(run):
     """-> (folder, {split: paths}, tokenizer). A small data set with a name is prepared first."""
     def prepare():
-        folder = os.path.join(DATA, run.dataset)
-        if not os.path.exists(os.path.join(folder, "meta.json")):
+        folder = f"{DATA}/{run.dataset}"
+        if not os.path.exists(f"{folder}/meta.json"):
             DATASETS[run.dataset](folder)
     if run.dataset in DATASETS and run.dataset != "fineweb":     # that one is 20 GB
         main_first(prepare)
@@ -871,7 +858,7 @@ def choose_model(run, shape, checkpoint, tokenizer):
             return GPT2Config(**shape), None
     if checkpoint and not (run.eval_only or run.benchmark):
         trained_with = checkpoint.tokenizer
-        weights = checkpoint.weights()
+        weights = checkpoint.weights
         with usage_errors():
             config = GPT2Config(**shape)
     else:                                                        # the exported model
@@ -916,11 +903,7 @@ def build_model(run, config, weights, device, dtype, compiled):
     model = shard(model, device, run.fsdp, dtype, compiled)
     parameters = dict(model.named_parameters())
     for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
-        if name not in parameters or parameters[name].shape != whole.shape:
-            raise ValueError(f"the checkpoint's {name} {tuple(whole.shape)} does not fit the model")
-        fill(parameters.pop(name), whole)
-    if parameters:
-        raise ValueError(f"the checkpoint has no {min(parameters)}")
+        fill(parameters[name], whole)
     return model
 
 
@@ -1311,7 +1294,7 @@ def start():
 def plot_only(typed):
     out_dirs = [name for name in typed["plot"].split(",") if name]
     out_dirs = out_dirs or [typed.get("out_dir", Run.out_dir)]
-    path = "comparison.svg" if len(out_dirs) > 1 else os.path.join(out_dirs[0], "loss.svg")
+    path = "comparison.svg" if len(out_dirs) > 1 else f"{out_dirs[0]}/loss.svg"
     plot(out_dirs, path)
     print(path)
 
@@ -1382,7 +1365,7 @@ def run_training(trainer, tokenizer, content):
         trainer.saved_step = state.step
     stopped = loop(trainer, log, save)
     if is_main():
-        plot([run.out_dir], os.path.join(run.out_dir, "loss.svg"))
+        plot([run.out_dir], f"{run.out_dir}/loss.svg")
     if stopped:
         say(f"\nstopped at step {state.step}, saved in {run.out_dir}. Resume with\n"
             f"    {resume_command(run)}")
@@ -1392,7 +1375,7 @@ def run_training(trainer, tokenizer, content):
             "--learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
-        f"The curves are in {os.path.join(run.out_dir, 'loss.svg')}\n"
+        f"The curves are in {run.out_dir}/loss.svg\n"
         f"Sample with\n    python sample.py{out_dir_flag(run)}")
 
 

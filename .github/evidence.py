@@ -1,99 +1,81 @@
 """
-Makes the README's tables and pictures of what the changes to the attention bring, and of how cost grows. The runs lie
-in out-evidence/; the pictures beside this file.
+Make the README's tables and pictures of what the changes to the attention bring, and of how cost
+grows. The runs are kept in out-evidence/, the pictures beside this file.
 
-    python .github/evidence.py            # everything: an hour on two cores; stopped and started at will
-    python .github/evidence.py --train    # only the training runs, whose losses do not depend on how busy the machine is
-    python .github/evidence.py --measure  # the table of the changes; for its speeds the machine should be idle
-    python .github/evidence.py --scale    # speed over the context, over processes, over the size; memory of a window
+    python .github/evidence.py            # all: an hour on two cores
+    python .github/evidence.py --train    # the training runs; a stopped one is resumed
+    python .github/evidence.py --measure  # the tables of the changes
+    python .github/evidence.py --scale    # speed and memory over context, size and processes
 
-Quality: nanoGPT's CPU recipe (4 layers of 128, 12 texts of 64 characters, 1,000 steps) on tinyshakespeare, three seeds.
-Cost: GPT-2's shapes with random weights, in float32, the variants taking turns; training is forward and backward.
+Speeds need an idle machine; losses do not depend on it. Quality: nanoGPT's CPU recipe (4 layers of
+128, 12 samples of 64 characters, 1,000 steps) on tinyshakespeare, three seeds. Cost: GPT-2's shapes
+with random weights, in float32; the variants take turns. Training is forward and backward.
 """
-import json
+import multiprocessing
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import torch
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-TEXT = os.path.join(ROOT, "data", "shakespeare_char", "val.bin")
 sys.path.insert(0, ROOT)
-from model import GPT2, GPT2Config  # noqa: E402
-from train import Tokens, draw, keep_freed_memory, plot  # noqa: E402
+from data.loader import TokenDataset  # noqa: E402
+from model import GPT2, AttentionHead, GPT2Config  # noqa: E402
+from train import draw, plot, prepare_device  # noqa: E402
 
-VARIANTS = {"plain": [], "rope": ["rope"], "gqa": ["gqa"], "sliding_window": ["sliding_window"],
-            "all three": ["rope", "gqa", "sliding_window"]}
+TRAIN = os.path.join(ROOT, "train.py")
+TEXT = os.path.join(ROOT, "data", "shakespeare_char", "val.bin")
+VARIANTS = {
+    "plain": {},
+    "rope": dict(rope=True),
+    "gqa": dict(gqa=True),
+    "sliding_window": dict(sliding_window=True),
+    "all three": dict(rope=True, gqa=True, sliding_window=True),
+}
 SEEDS = (1, 2, 3)
-RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 --max_iters=1000 "
-          "--gradient_accumulation_steps=1 --learning_rate=1e-3 --warmup_iters=100 --eval_interval=125 --eval_iters=50 "
-          "--log_interval=50 --init_from=auto").split()
+RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 "
+          "--batch_size=12 --gradient_accumulation_steps=1 --max_iters=1000 --learning_rate=1e-3 "
+          "--warmup_iters=100 --eval_interval=125 --eval_iters=50 --log_interval=50 "
+          "--init_from=auto").split()
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
-DEFAULT = []                                                               # the default run's own flags
 
-
-def out_dir(name, seed):
-    return os.path.join("out-evidence", f"{name.replace(' ', '-')}-{seed}")
-
-
-def train(name, seed):
-    folder = out_dir(name, seed)
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "log.txt"), "a") as log:
-        subprocess.run([sys.executable, os.path.join(ROOT, "train.py"), *RECIPE, f"--seed={seed}", f"--out_dir={folder}",
-                        *(f"--{flag}" for flag in VARIANTS[name])], stdout=log, stderr=log, check=True,
-                       env=ONE_THREAD)
-    print(f"trained {name}, seed {seed}", flush=True)
-
-
-@torch.no_grad()
-def loss_at(model, length):
-    """Mean loss over the validation text, cut into windows of `length`."""
-    data = Tokens([TEXT], length, model.config.vocab_size)
-    total = count = 0
-    for first in range(0, len(data), 64):
-        x, y = data.__getitems__(list(range(first, min(first + 64, len(data)))))
-        total, count = total + model(x, y)[1].item() * len(x), count + len(x)
-    return total / count
-
-
-def quality(name):
-    """-> {1: (mean, spread), 2: ..., 4: ...}: loss at 1, 2 and 4 times the trained length; None where it cannot be."""
-    models = [GPT2.from_pretrained(out_dir(name, seed)) for seed in SEEDS]
-    T = models[0].config.block_size
-    found = {}
-    for times in (1, 2, 4):
-        losses = [loss_at(m, times * T) for m in models] if times == 1 or models[0].config.rope else None
-        found[times] = losses and (statistics.mean(losses), statistics.stdev(losses))
-    return found
+# --------------------------------------------------------------------------------------------------
+# Measuring
 
 
 def training(model, length):
-    """Tokens per second, forward and backward, of one text."""
-    idx = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+    """Tokens per second of a forward and a backward pass over one text."""
+    idx = random_text(model, length)
     began = time.perf_counter()
-    model(idx, idx)[1].backward()
+    _, loss = model(idx, idx)
+    loss.backward()
     model.zero_grad(set_to_none=True)
     return length / (time.perf_counter() - began)
 
 
 def decoding(model, length, new=24):
-    """Tokens per second of one text after a prompt of `length`."""
-    idx = torch.randint(model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
-    stream = model.stream(idx, new + 1, temperature=0)
-    next(stream)                                                           # reads the prompt
+    """Tokens per second of one text after a prompt of `length` tokens."""
+    stream = model.stream(random_text(model, length), new + 1, temperature=0)
+    next(stream)                                                 # reads the prompt
     began = time.perf_counter()
-    return sum(1 for _ in stream) / (time.perf_counter() - began)
+    for _ in stream:
+        pass
+    return new / (time.perf_counter() - began)
+
+
+def random_text(model, length):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (1, length), generator=generator)
 
 
 def medians(jobs, rounds=3):
-    """{name: function} -> {name: median of its results}, the jobs taking turns."""
+    """{name: function} -> {name: median of its results}. The jobs take turns."""
     results = {name: [] for name in jobs}
     for _ in range(rounds):
         for name, job in jobs.items():
@@ -102,121 +84,233 @@ def medians(jobs, rounds=3):
 
 
 def table(head, rows):
-    print("\n" + "\n".join("| " + " | ".join(map(str, row)) + " |" for row in [head, ["---"] * len(head), *rows]), flush=True)
+    print()
+    for row in [head, ["---"] * len(head), *rows]:
+        print("| " + " | ".join(map(str, row)) + " |", flush=True)
 
 
-def changes():
-    models = {name: GPT2(GPT2Config(**dict.fromkeys(flags, True)), seed=0) for name, flags in VARIANTS.items()}
-    speed = medians({(name, what): job for name, model in models.items() for what, job in {
-        "training": lambda m=model: training(m, 1024), 32: lambda m=model: decoding(m, 32),
-        768: lambda m=model: decoding(m, 768)}.items()}, rounds=7)
-    costs, losses = [], []
+# --------------------------------------------------------------------------------------------------
+# Training runs
+
+
+def train_all():
+    jobs = [(name, seed) for seed in SEEDS for name in VARIANTS]
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda job: train(*job), jobs))
+    plot([out_dir(name, SEEDS[0]) for name in VARIANTS], os.path.join(HERE, "variants.svg"),
+         over="tokens")
+
+
+def train(name, seed):
+    folder = out_dir(name, seed)
+    os.makedirs(folder, exist_ok=True)
+    command = [sys.executable, TRAIN, *RECIPE, *(f"--{flag}" for flag in VARIANTS[name]),
+               f"--seed={seed}", f"--out_dir={folder}"]
+    with open(os.path.join(folder, "log.txt"), "a") as log:
+        subprocess.run(command, stdout=log, stderr=log, check=True, env=ONE_THREAD)
+    print(f"trained {name}, seed {seed}", flush=True)
+
+
+def out_dir(name, seed):
+    return os.path.join("out-evidence", f"{name.replace(' ', '-')}-{seed}")
+
+
+# --------------------------------------------------------------------------------------------------
+# The changes: what they cost, and what they bring
+
+
+def costs():
+    models = {name: GPT2(GPT2Config(**flags), seed=0) for name, flags in VARIANTS.items()}
+    jobs = {}
     for name, model in models.items():
-        c = model.config
-        costs.append([name, f"{model.num_parameters() / 1e6:.1f} M", f"{c.flops_per_token() / 1e6:.0f} M",
-                      f"{c.cache_bytes(1, 2):,} B", f"{c.cache_bytes(c.block_size, 2) / 1e6:.1f} MB",
-                      f"{speed[name, 'training']:.0f}", *(f"{speed[name, n]:.1f}" for n in (32, 768))])
-        losses.append([name, *(f"{v[0]:.3f} ± {v[1]:.3f}" if v else "cannot" for v in quality(name).values())])
-    table(["GPT-2 124M", "parameters", "FLOPs a token", "cache a token", "cache of 1,024", "training, tok/s",
-           "decoding after 32, tok/s", "after 768"], costs)
-    table(["validation loss", "at 64 tokens", "at 128", "at 256"], losses)
+        jobs[name, "training"] = lambda m=model: training(m, 1024)
+        jobs[name, "after 32"] = lambda m=model: decoding(m, 32)
+        jobs[name, "after 768"] = lambda m=model: decoding(m, 768)
+    speed = medians(jobs, rounds=7)
+    rows = []
+    for name, model in models.items():
+        config = model.config
+        rows.append([
+            name,
+            f"{model.num_parameters() / 1e6:.1f} M",
+            f"{config.flops_per_token() / 1e6:.0f} M",
+            f"{config.cache_bytes(1, 2):,} B",
+            f"{config.cache_bytes(config.block_size, 2) / 1e6:.1f} MB",
+            f"{speed[name, 'training']:.0f}",
+            f"{speed[name, 'after 32']:.1f}",
+            f"{speed[name, 'after 768']:.1f}",
+        ])
+    table(["GPT-2 124M", "parameters", "FLOPs a token", "cache a token", "cache of 1,024",
+           "training, tok/s", "decoding after 32, tok/s", "after 768"], rows)
+
+
+def losses():
+    """The validation loss at 1, 2 and 4 times the trained length, where the model can read that."""
+    rows = []
+    for name in VARIANTS:
+        models = [GPT2.from_pretrained(out_dir(name, seed)) for seed in SEEDS]
+        config = models[0].config
+        row = [name]
+        for times in (1, 2, 4):
+            if times > 1 and not config.rope:
+                row.append("cannot")
+                continue
+            found = [loss_at(model, times * config.block_size) for model in models]
+            row.append(f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}")
+        rows.append(row)
+    table(["validation loss", "at 64 tokens", "at 128", "at 256"], rows)
+
+
+@torch.no_grad()
+def loss_at(model, length):
+    """Mean loss over the validation text, cut into samples of `length` tokens."""
+    data = TokenDataset([TEXT], length, model.config.vocab_size)
+    total = 0.0
+    for start in range(0, len(data), 64):
+        x, y = data.__getitems__(list(range(start, min(start + 64, len(data)))))
+        _, loss = model(x, y)
+        total += loss.item() * len(x)
+    return total / len(data)
+
+
+# --------------------------------------------------------------------------------------------------
+# How cost grows
+
+
+def over_window(contexts=(1024, 8192, 16384)):
+    """A window of 256 and full attention: time of a step in 2 layers of 128, and the memory that
+    one head of 32 adds to its inputs."""
+    kinds = {"window": dict(sliding_window=True, window_size=256), "full": {}}
+    more = {**kinds, "formula": dict(flash=False), "none": None}
+    jobs = {}
+    for T in contexts:
+        for kind, flags in kinds.items():
+            config = GPT2Config(T, vocab_size=65, n_layer=2, n_head=4, n_embd=128, **flags)
+            model = GPT2(config, seed=0)
+            jobs[T, kind] = lambda m=model, T=T: training(m, T)
+    speed = medians(jobs, rounds=7)
+    jobs = {}
+    for T in contexts:
+        for kind, flags in more.items():
+            jobs[T, kind] = lambda T=T, flags=flags: in_new_process(added_memory, T, flags)
+    memory = medians(jobs)
+    rows = []
+    for T in contexts:
+        rows.append([f"{T:,}", *(f"{1e6 / speed[T, kind]:.1f}" for kind in kinds),
+                     f"{speed[T, 'window'] / speed[T, 'full']:.1f} x",
+                     *(f"{memory[T, kind]:,.1f}" for kind in more)])
+    table(["context", "window, us a token", "full", "as fast", "window, MB", "full, torch's kernel",
+           "full, the formula", "no attention"], rows)
+
+
+def in_new_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def added_memory(T, flags):
+    """The peak in MB of one head's forward and backward pass over T tokens, above its inputs.
+    flags: None adds q, k and v instead of attention."""
+    head_step(512, flags)                                        # what torch needs once
+    return head_step(T, flags)
+
+
+def head_step(T, flags):
+    inputs = [torch.randn(1, 1, T, 32, requires_grad=True) for _ in range(3)]
+    with open("/proc/self/clear_refs", "w") as f:
+        f.write("5")                                             # the peak counts from here
+    before = process_memory("VmRSS")
+    if flags is None:
+        y = sum(inputs)
+    else:
+        y = AttentionHead(GPT2Config(T, **flags))(*inputs)
+    y.square().sum().backward()
+    return process_memory("VmHWM") - before
+
+
+def process_memory(name):
+    """A number of /proc/self/status in MB."""
+    with open("/proc/self/status") as f:
+        found = re.search(rf"^{name}:\s*(\d+) kB", f.read(), re.MULTILINE)
+    return int(found[1]) / 1e3
+
+
+def over_size(shapes=((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))):
+    """OpenAI's four sizes. shapes: layers, heads, width."""
+    rows = []
+    for n_layer, n_head, n_embd in shapes:
+        model = GPT2(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd), seed=0)
+        found = medians({"training": lambda m=model: training(m, 256),
+                         "decoding": lambda m=model: decoding(m, 32)})
+        parameters = model.num_parameters()
+        rows.append([f"{parameters / 1e6:,.0f} M", f"{found['training']:.0f}",
+                     f"{found['decoding']:.1f}",
+                     f"{6 * parameters * found['training'] / 1e9:.0f}",
+                     f"{4 * parameters * found['decoding'] / 1e9:.1f}"])
+    table(["parameters", "training, tok/s", "decoding, tok/s", "training, GFLOP/s",
+           "decoding, GB/s of weights"], rows)
+
+
+def over_processes():
+    """The default run, `python train.py`, with one thread a process."""
+    jobs = {}
+    for mode, processes, flags in (("one device", 1, []), ("DDP", 2, []), ("DDP", 4, []),
+                                   ("FSDP", 2, ["--fsdp"]), ("FSDP", 4, ["--fsdp"])):
+        jobs[processes, mode] = lambda n=processes, flags=flags: run_speed(n, flags)
+    found = medians(jobs)
+    one = found[1, "one device"]
+    rows = [[processes, mode, f"{speed:,.0f}", f"{speed / one:.2f} x"]
+            for (processes, mode), speed in found.items()]
+    table(["processes", "mode", "tok/s", "of one process"], rows)
+
+
+def run_speed(processes, flags):
+    """Tokens per second that train.py --benchmark reports."""
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command += [TRAIN, "--benchmark", *flags]
+    done = subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True, text=True)
+    found = re.search(r"([\d,]+) tokens per second", done.stdout)
+    return float(found[1].replace(",", ""))
 
 
 def over_context(contexts=(256, 512, 1024, 2048, 4096, 8192)):
     """GPT-2 124M with full attention and with a window of 256."""
     found = {}
     for T in contexts:
+        window = dict(sliding_window=True, window_size=min(T, 256))
         jobs = {}
-        for kind, flags in (("full", {}), ("window", dict(sliding_window=True, window_size=min(T, 256)))):
-            model = GPT2(GPT2Config(block_size=T, **flags), seed=0)
-            jobs[kind, "training", T] = lambda m=model, T=T: training(m, T)
-            jobs[kind, "decoding", T] = lambda m=model, T=T: decoding(m, T - 25)
+        for kind, flags in (("full", {}), ("window", window)):
+            model = GPT2(GPT2Config(T, **flags), seed=0)
+            jobs["training", kind, T] = lambda m=model, T=T: training(m, T)
+            jobs["decoding", kind, T] = lambda m=model, T=T: decoding(m, T - 25)
         found |= medians(jobs)
-    kinds = [(kind, what) for what in ("training", "decoding") for kind in ("full", "window")]
-    table(["context", *(f"{what}, {kind}" for kind, what in kinds)],
-          [[f"{T:,}", *(f"{found[kind, what, T]:.0f}" if what == "training" else f"{found[kind, what, T]:.1f}"
-                        for kind, what in kinds)] for T in contexts])
-    draw(os.path.join(HERE, "context.svg"),
-         [(f"{what}, {'full attention' if kind == 'full' else 'window of 256'}", [],
-           [(T, found[kind, what, T]) for T in contexts]) for kind, what in kinds],
-         "context (tokens)", "tokens per second", 0, 1.05 * max(found.values()))
-
-
-MEMORY = """
-import json, sys, torch
-sys.path.insert(0, sys.argv[1])
-from model import AttentionHead, GPT2Config
-def step(T, flags):
-    qkv = [torch.randn(1, 1, T, 32, requires_grad=True) for _ in range(3)]
-    open("/proc/self/clear_refs", "w").write("5")                          # the peak counts from here
-    before = resident("VmRSS")
-    (sum(qkv) if flags is None else AttentionHead(GPT2Config(T, **flags))(*qkv)).square().sum().backward()
-    return resident("VmHWM") - before
-def resident(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1e3
-flags = json.loads(sys.argv[3])                                            # null: no attention
-step(512, flags)                                                           # what torch needs once
-print(step(int(sys.argv[2]), flags))
-"""
-
-
-def over_window(contexts=(1024, 8192, 16384)):
-    """A window of 256 against full attention in 2 layers of 128: time of a whole step, memory of one head of 32."""
-    kinds = {"window": dict(sliding_window=True, window_size=256), "full": {}}
-    more = kinds | {"formula": dict(flash=False), "none": None}
-    models = {(T, kind): GPT2(GPT2Config(block_size=T, vocab_size=65, n_layer=2, n_head=4, n_embd=128, **flags), seed=0)
-              for T in contexts for kind, flags in kinds.items()}
-    speed = medians({job: lambda m=m, T=job[0]: training(m, T) for job, m in models.items()}, rounds=7)
-    memory = medians({(T, kind): lambda T=T, flags=flags: float(subprocess.run(
-        [sys.executable, "-c", MEMORY, ROOT, str(T), json.dumps(flags)], capture_output=True, text=True, check=True).stdout)
-        for T in contexts for kind, flags in more.items()})
-    table(["context", "window, us a token", "full", "as fast", "window, MB", "full, torch's kernel", "full, the formula",
-           "no attention"],
-          [[f"{T:,}", *(f"{1e6 / speed[T, kind]:.1f}" for kind in kinds), f"{speed[T, 'window'] / speed[T, 'full']:.1f} x",
-            *(f"{memory[T, kind]:,.1f}" for kind in more)] for T in contexts])
-
-
-def over_processes(modes=((1, ()), (2, ()), (4, ()), (2, ("--fsdp",)), (4, ("--fsdp",)))):
-    """The default run, `python train.py`, a thread a process; modes: how many, and flags."""
-    def speed(processes, *flags):
-        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-        command = [sys.executable, *launch, os.path.join(ROOT, "train.py"), "--benchmark", *DEFAULT, *flags]
-        out = subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True, text=True).stdout
-        return float(re.search(r"([\d,]+) tokens per second", out)[1].replace(",", ""))
-    found = medians({(n, flags): lambda n=n, flags=flags: speed(n, *flags) for n, flags in modes})
-    table(["processes", "mode", "tok/s", "of one process"],
-          [[n, "FSDP" if flags else "DDP" if n > 1 else "one device", f"{v:,.0f}", f"{v / found[1, ()]:.2f} x"]
-           for (n, flags), v in found.items()])
-
-
-def over_size(shapes=((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))):
-    """OpenAI's four sizes: layers, heads, width."""
+    lines = [(what, kind) for what in ("training", "decoding") for kind in ("full", "window")]
+    digits = {"training": 0, "decoding": 1}
     rows = []
-    for layers, heads, width in shapes:
-        model = GPT2(GPT2Config(n_layer=layers, n_head=heads, n_embd=width), seed=0)
-        found = medians({"training": lambda: training(model, 256), "decoding": lambda: decoding(model, 32)})  # noqa: B023
-        parameters = model.num_parameters()
-        rows.append([f"{parameters / 1e6:,.0f} M", f"{found['training']:.0f}", f"{found['decoding']:.1f}",
-                     f"{6 * parameters * found['training'] / 1e9:.0f}", f"{4 * parameters * found['decoding'] / 1e9:.1f}"])
-    table(["parameters", "training, tok/s", "decoding, tok/s", "training, GFLOP/s", "decoding, GB/s of weights"], rows)
+    for T in contexts:
+        speeds = [f"{found[what, kind, T]:.{digits[what]}f}" for what, kind in lines]
+        rows.append([f"{T:,}", *speeds])
+    table(["context", *(f"{what}, {kind}" for what, kind in lines)], rows)
+    labels = {"full": "full attention", "window": "window of 256"}
+    curves = [(f"{what}, {labels[kind]}", [], [(T, found[what, kind, T]) for T in contexts])
+              for what, kind in lines]
+    draw(os.path.join(HERE, "context.svg"), curves, ("context (tokens)", "tokens per second"),
+         0, 1.05 * max(found.values()))
 
 
 def main():
-    what = set(sys.argv[1:]) or {"--train", "--measure", "--scale"}
-    if what - {"--train", "--measure", "--scale"}:
+    parts = {"--train": [train_all], "--measure": [costs, losses],
+             "--scale": [over_window, over_size, over_processes, over_context]}
+    chosen = sys.argv[1:] or list(parts)
+    if not parts.keys() >= set(chosen):
         sys.exit(__doc__)
-    keep_freed_memory()                                                    # as train.py does
-    if "--train" in what:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda job: train(*job), [(name, seed) for seed in SEEDS for name in VARIANTS]))
-        plot([out_dir(name, SEEDS[0]) for name in VARIANTS], os.path.join(HERE, "variants.svg"), over="tokens")
-    if "--measure" in what:
-        changes()
-    if "--scale" in what:
-        over_window()
-        over_size()
-        over_processes()
-        over_context()
+    prepare_device(torch.device("cpu"))                          # as train.py does
+    for part, functions in parts.items():
+        if part in chosen:
+            for function in functions:
+                function()
 
 
 if __name__ == "__main__":

@@ -205,30 +205,22 @@ class Progress:
         now = time.monotonic()
         terminal = sys.stderr.isatty()
         if self.started is None:
-            self.started = now
-            self.printed = now
+            self.started = self.printed = now
             self.first = done
         last = done == size and self.printed > self.started      # completes a line printed before
-        due = now - self.printed > (0.2 if terminal else 10)
-        if self.finished or not (last or due):
+        if self.finished or not last and now - self.printed <= (0.2 if terminal else 10):
             return
         self.printed = now
         self.finished = done == size
-        line = self.line(done, size, now - self.started)
-        if terminal:
-            print(line.ljust(79), end="\n" if self.finished else "\r", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def line(self, done, size, seconds):
-        rate = max(done - self.first, 1) / max(seconds, 1e-9)
-        total = f" of {self.number(size)}" if size is not None else ""
-        line = f"{self.name[:30]}  {self.number(done)}{total} {self.unit}"
-        line += f"  {rate / self.scale:,.1f} {self.unit}/s"
+        rate = max(done - self.first, 1) / max(now - self.started, 1e-9)
+        line = f"{self.name[:30]}  {self.number(done)}"
+        if size is not None:
+            line += f" of {self.number(size)}"
+        line += f" {self.unit}  {self.number(rate)} {self.unit}/s"
         if size and not self.finished:
             line += f"  {done / size:4.0%}  {(size - done) / rate:,.0f} s left"
-        return line
+        end = "\r" if terminal and not self.finished else "\n"
+        print(line.ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
 
     def number(self, count):
-        digits = 1 if self.scale > 1 else 0
-        return f"{count / self.scale:,.{digits}f}"
+        return f"{count / self.scale:,.1f}"

@@ -23,9 +23,9 @@ def hub_file(repo, name):
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     hub = os.path.join(os.path.expanduser(home), "hub")
     for alias in (repo.split("/")[-1], repo):                    # transformers may use the short name
-        folder = os.path.join(hub, "models--" + alias.replace("/", "--"))
+        folder = f"{hub}/models--{alias.replace('/', '--')}"
         for revision in (current_commit(folder), "main"):
-            path = os.path.join(folder, "snapshots", revision, name)
+            path = f"{folder}/snapshots/{revision}/{name}"
             if os.path.exists(path):
                 return path
     return hub_download(repo, name, path)
@@ -34,7 +34,7 @@ def hub_file(repo, name):
 def current_commit(folder):
     """The commit that transformers downloaded last, from refs/main; "main" if there is none."""
     try:
-        with open(os.path.join(folder, "refs", "main"), encoding="ascii") as f:
+        with open(f"{folder}/refs/main", encoding="ascii") as f:
             found = re.fullmatch(r"([0-9a-f]{40})\s*", f.read(60))
     except (OSError, ValueError):
         return "main"

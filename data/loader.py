@@ -19,7 +19,7 @@ SHARD_MAGIC = 20240520                                           # of llm.c's fi
 def find_data(name):
     """-> (folder, {"train": [paths], "val": [paths]}) of a data set that has been prepared. `name`
     is a folder in data/, or the path of any folder."""
-    folder = os.path.join(DATA, name)
+    folder = f"{DATA}/{name}"
     prepared = glob.glob(os.path.join(glob.escape(folder), "*.bin"))
     is_path = bool(os.path.dirname(name))
     if os.path.isdir(name) and (is_path or not prepared):
@@ -27,11 +27,11 @@ def find_data(name):
     paths = {"train": [], "val": []}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.bin"))):
         words = re.findall("[a-z]+", os.path.basename(path).lower())
-        splits = [split for split in paths if split in words]
-        if len(splits) == 2:
-            raise ValueError(f"{path} has both train and val in its name: rename it to say which it is")
-        for split in splits:
-            paths[split].append(path)
+        if "train" in words and "val" in words:
+            raise ValueError(f"{path} has both train and val in its name: rename it to one of them")
+        for split, found in paths.items():
+            if split in words:
+                found.append(path)
     for split, found in paths.items():
         if not found:
             raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}. Prepare "
@@ -42,7 +42,7 @@ def find_data(name):
 
 def token_counts(folder):
     """{split: number of tokens} as meta.json has it, {} if it has none."""
-    path = os.path.join(folder, "meta.json")
+    path = f"{folder}/meta.json"
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as f:

@@ -21,9 +21,10 @@ import shutil
 import sys
 import sysconfig
 import zlib
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -43,24 +44,26 @@ def stdlib(folder, source=None):
     root = source or sysconfig.get_paths()["stdlib"]
     skipped = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test",
                "encodings", "pydoc_data"}
-    paths = []
-    for where, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in skipped)
-        paths += [os.path.join(where, name) for name in sorted(files) if name.endswith(".py")]
-    ascii_only = [path for path in paths if is_ascii(path)]      # about 100 different characters
+    # ASCII files only, so that there are about 100 different characters.
+    paths = [path for path in walk(root, skipped)
+             if path.endswith(".py") and Path(path).read_bytes().isascii()]
 
     def read(path, f):
-        yield Document(os.path.relpath(path, root), read_pieces(f))
-    write_tokens(folder, ascii_only, read, "char")
+        yield os.path.relpath(path, root), None, read_pieces(f)
+    write_tokens(folder, paths, read, "char")
 
 
-def is_ascii(path):
-    with open(path, "rb") as f:
-        return f.read().isascii()
+def walk(root, skipped=()):
+    """The paths of all files below `root`, in order, without hidden ones and `skipped` folders."""
+    for where, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if name[0] != "." and name not in skipped)
+        for name in sorted(files):
+            if name[0] != ".":
+                yield f"{where}/{name}"
 
 
 def shakespeare_char(folder, source=None, tokenizer="char"):
-    path = source or os.path.join(DATA, "downloads", "tinyshakespeare.txt")
+    path = source or f"{DATA}/downloads/tinyshakespeare.txt"
     if not os.path.exists(path):
         download("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/"
                  "input.txt", path,
@@ -69,8 +72,8 @@ def shakespeare_char(folder, source=None, tokenizer="char"):
     def read(path, f):
         text = f.read()
         cut = int(len(text) * 0.9)                               # nanoGPT's split
-        yield Document("train", [text[:cut]], split="train")
-        yield Document("val", [text[cut:]], split="val")
+        yield "train", "train", [text[:cut]]
+        yield "val", "val", [text[cut:]]
     write_tokens(folder, [os.fspath(path)], read, tokenizer)
 
 
@@ -83,24 +86,16 @@ def fineweb(folder, shards=103):
     from data.loader import open_tokens                          # imports torch
     names = ["fineweb_val_000000.bin"]
     names += [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)]
-    progress = Progress("fineweb")
-    tokens = []
-    bytes_done = 0
-
-    def show(have, size):                                        # assumes that later files are as large
-        total = size and bytes_done + size * (len(names) - len(tokens))
-        progress.show(bytes_done + have, total)
-    for name in names:
-        path = os.path.join(folder, name)
-        progress.name = f"fineweb, file {len(tokens) + 1} of {len(names)}"
+    counts = []
+    for number, name in enumerate(names, 1):
+        path = f"{folder}/{name}"
+        progress = Progress(f"fineweb, file {number} of {len(names)}")
         try:
-            count = len(open_tokens(path))
+            open_tokens(path)
         except (FileNotFoundError, ValueError):                  # not downloaded yet, or damaged
-            hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, show)
-            count = len(open_tokens(path))
-        tokens.append(count)
-        bytes_done += os.path.getsize(path)
-    report(folder, {"train": sum(tokens[1:]), "val": tokens[0]}, GPT2Tokenizer(),
+            hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, progress.show)
+        counts.append(len(open_tokens(path)))
+    report(folder, {"train": sum(counts[1:]), "val": counts[0]}, GPT2Tokenizer(),
            f" in {shards} shards")
 
 
@@ -110,36 +105,23 @@ DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, finew
 def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
     """Any files and folders. Each file is a document, and so is each line of a .jsonl file (the text
     in its `field`)."""
-    files = find_files(paths)
-    binary = [path for path in files if is_binary(path)]
-    if binary:
-        print(f"{len(binary)} files that are not text are left out, the first: {binary[0]}")
-
-    def read(path, f):
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from json_lines(path, f, field)
-        else:
-            yield Document(path, read_pieces(f))
-    texts = [path for path in files if path not in set(binary)]
-    write_tokens(folder, texts, read, tokenizer, val_frac)
-
-
-def find_files(paths):
-    """All files in `paths` and in the folders among them, without those whose name starts with a
-    dot."""
     files = []
     for path in paths:
         if not os.path.exists(path):
             raise FileNotFoundError(f"{path!r} is not a file, a folder or a data set "
                                     f"({', '.join(DATASETS)})")
-        if not os.path.isdir(path):
-            files.append(path)
-            continue
-        for where, folders, names in os.walk(path):
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            names = sorted(name for name in names if not name.startswith("."))
-            files += [os.path.join(where, name) for name in names]
-    return files
+        files += walk(path) if os.path.isdir(path) else [path]
+    texts = [path for path in files if not is_binary(path)]
+    left_out = [path for path in files if path not in set(texts)]
+    if left_out:
+        print(f"{len(left_out)} files that are not text are left out, the first: {left_out[0]}")
+
+    def read(path, f):
+        if path.removesuffix(".gz").endswith(".jsonl"):
+            yield from json_lines(path, f, field)
+        else:
+            yield path, None, read_pieces(f)
+    write_tokens(folder, texts, read, tokenizer, val_frac)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -150,16 +132,10 @@ CUT = re.compile(r".*\S(?=[ \t\r\n])", re.DOTALL)
 
 
 @dataclass
-class Document:
-    name: str                                    # decides the split
-    pieces: object                               # its text, an iterable of pieces
-    split: str | None = None                     # "train" or "val" if it is known
-
-
-@dataclass
 class Piece:
     """A part of a document's text."""
-    document: Document
+    document: str                                # its name, which may decide the split
+    split: str | None                            # "train" or "val", None if it is not known yet
     first: bool                                  # whether it begins the document
     text: str
     position: int                                # bytes of all files read so far
@@ -210,20 +186,19 @@ def json_lines(path, f, field):
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             raise UserError(f"{path}, line {number}: no JSON object with a text {field!r}: fix the "
                             "line, or name the field with --field")
-        yield Document(f"{path}:{number}", [replace_surrogates(record[field])])
+        yield f"{path}:{number}", None, [replace_surrogates(record[field])]
 
 
 def read_all(files, read):
-    """The text of all files as Pieces. read(path, open file) -> Documents."""
+    """Yield the text of all files as Pieces. read(path, open file) yields for each document its
+    name, its split or None, and its text in pieces."""
     before = 0
     for path in files:
         with open_text(path) as f:
             source = getattr(f.buffer, "fileobj", f.buffer)      # the .gz itself, if it is one
-            for document in read(path, f):
-                first = True
-                for text in document.pieces:
-                    yield Piece(document, first, text, before + source.tell())
-                    first = False
+            for name, split, pieces in read(path, f):
+                for i, text in enumerate(pieces):
+                    yield Piece(name, split, i == 0, text, before + source.tell())
         before += os.path.getsize(path)
 
 
@@ -232,43 +207,40 @@ def read_all(files, read):
 
 
 def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
-    """Write a data set: the Documents of read(path, open file) for each file, as tokens.
+    """Write a data set from files, see `read_all`. tokenizer: "gpt2" or "char".
 
-    All text is read once before it is encoded, for the table of characters, for the split, and to
+    All text is read once before it is encoded, for the table of characters and for the split, and to
     report a bad line now and not after hours. The data set is written to folder.part, which is
-    renamed when it is complete. tokenizer: "gpt2" or "char".
+    renamed when it is complete.
     """
     check_folder(folder)
-    survey = Survey(files, read, os.path.basename(folder))
-    if survey.characters == 0:
-        raise UserError(f"{os.path.basename(folder)}: there is no text in the files given")
+    name = os.path.basename(folder)
+    total = sum(map(os.path.getsize, files))
+    seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total)
+    if not seen.any():
+        raise UserError(f"{name}: there is no text in the files given")
     if tokenizer == "char":
-        tokenizer = survey.char_tokenizer()
+        characters = "".join(map(chr, np.flatnonzero(seen)))
+        tokenizer = CharTokenizer(characters, len(characters) if len(sizes) > 1 else None)
     else:
         tokenizer = GPT2Tokenizer()
-    splitter = survey.splitter(val_frac)
+    pieces = assign_splits(read_all(files, read), sizes, val_frac)
     part = folder.rstrip("/\\") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     tokens = {"train": 0, "val": 0}
-    progress = Progress(os.path.basename(folder))
-    progress.show(0, survey.bytes)
-
-    def encode(batch):
-        return encode_batch(batch, tokenizer), batch[-1][1].position
-    with (open(os.path.join(part, "train.bin"), "wb") as train,
-          open(os.path.join(part, "val.bin"), "wb") as val):
+    progress = Progress(name)
+    with (open(f"{part}/train.bin", "wb") as train,
+          open(f"{part}/val.bin", "wb") as val):
         outputs = {"train": train, "val": val}
-        pieces = splitter.split(read_all(files, read))
-        for encoded, position in map_in_threads(encode, in_batches(pieces)):
+        for encoded, position in encode_in_threads(pieces, tokenizer):
             for split, ids in encoded.items():
-                if not tokens[split] and ids[0] == tokenizer.end_of_text:
-                    ids = ids[1:]                                # none before the first document
+                if not tokens[split]:                            # no end of text before any text
+                    ids = ids[np.cumsum(ids != tokenizer.end_of_text) > 0]
                 ids.astype("<u2").tofile(outputs[split])
                 tokens[split] += len(ids)
-            progress.show(position, survey.bytes)
-    with open(os.path.join(part, "meta.json"), "w", encoding="utf-8") as f:
-        json.dump({**tokenizer.to_json(), "tokens": tokens}, f)
+            progress.show(position, total)
+    Path(part, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
     report(folder, tokens, tokenizer)
@@ -283,113 +255,83 @@ def check_folder(folder):
                             "another --name, or move it away")
 
 
-class Survey:
-    """What reading all text once tells."""
-
-    def __init__(self, files, read, name):
-        self.bytes = sum(map(os.path.getsize, files))
-        self.characters = 0
-        self.documents = 0
-        self.seen = np.zeros(0x110000, dtype=bool)               # by code point
-        self.sizes = {}                                          # of each document's text
-        progress = Progress(f"check {name}")
-        for piece in read_all(files, read):
-            self.seen[code_points(piece.text)] = True
-            self.characters += len(piece.text)
-            if piece.document.split is None:
-                self.documents += piece.first
-                share = hash_share(piece.document)
-                self.sizes[share] = self.sizes.get(share, 0) + len(piece.text)
-            progress.show(piece.position, self.bytes)
-
-    def char_tokenizer(self):
-        characters = "".join(map(chr, np.flatnonzero(self.seen)))
-        return CharTokenizer(characters, len(characters) if self.documents > 1 else None)
-
-    def splitter(self, val_frac):
-        """By a hash of each document's name, or, where that gives a fraction far from val_frac
-        because the documents are few or unequal, the last part of the whole text."""
-        hashed = sum(size for share, size in self.sizes.items() if share < val_frac)
-        total = sum(self.sizes.values())
-        if total == 0 or 0.25 <= hashed / total / val_frac <= 4 and 0 < hashed < total or val_frac == 1:
-            return Splitter(val_frac)
-        return Splitter(val_frac, cut=int(total * (1 - val_frac)))
+def survey(pieces, progress, total):
+    """-> (which code points occur, {a hash of the name: characters} of the documents to split)"""
+    seen = np.zeros(0x110000, dtype=bool)
+    sizes = Counter()
+    for piece in pieces:
+        seen[code_points(piece.text)] = True
+        if piece.split is None:
+            sizes[name_hash(piece.document)] += len(piece.text)
+        progress.show(piece.position, total)
+    return seen, sizes
 
 
-def hash_share(document):
-    """A number from 0 to 1 that depends on the document's name alone."""
-    key = document.name.replace(os.sep, "/").encode("utf-8", "replace")
-    return zlib.crc32(key) / 2**32
+def name_hash(name):
+    """A number from 0 to 1 that depends on the name alone."""
+    return zlib.crc32(name.replace(os.sep, "/").encode("utf-8", "replace")) / 2**32
 
 
-class Splitter:
-    """Assigns text to "train" or "val"."""
-
-    def __init__(self, val_frac, cut=None):
-        """cut: the character at which validation begins; None goes by the hash of the names."""
-        self.val_frac = val_frac
-        self.cut = cut
-
-    def split(self, pieces):
-        """-> (split, Piece); the piece at the cut is divided."""
-        at = 0
-        for piece in pieces:
-            if piece.document.split is not None:
-                yield piece.document.split, piece
-                continue
-            if self.cut is None:
-                yield "val" if hash_share(piece.document) < self.val_frac else "train", piece
-                continue
-            room = self.cut - at
-            at += len(piece.text)
-            if room >= len(piece.text):
-                yield "train", piece
-            elif room <= 0:
-                yield "val", piece
-            else:
-                document = piece.document
-                yield "train", Piece(document, piece.first, piece.text[:room], piece.position)
-                yield "val", Piece(document, False, piece.text[room:], piece.position)
+def assign_splits(pieces, sizes, val_frac):
+    """Yield the pieces, each with its split. A hash of the document's name decides. If that would
+    miss val_frac by far, because the documents are few or unequal, the last part of the text is for
+    validation instead."""
+    total = sum(sizes.values())
+    hashed = sum(size for share, size in sizes.items() if share < val_frac)
+    few = not 0.25 * val_frac * total <= hashed <= 4 * val_frac * total
+    if total and val_frac < 1 and (few or hashed == total):
+        cut = int(total * (1 - val_frac))
+        yield from split_at(pieces, cut)
+        return
+    for piece in pieces:
+        chosen = "val" if name_hash(piece.document) < val_frac else "train"
+        yield replace(piece, split=piece.split or chosen)
 
 
-def in_batches(pieces):
-    """Lists of (split, Piece) with about PORTION characters."""
-    batch = []
-    size = 0
-    for split, piece in pieces:
-        batch.append((split, piece))
-        size += len(piece.text)
-        if size >= PORTION:
-            yield batch
-            batch = []
-            size = 0
-    if batch:
-        yield batch
+def split_at(pieces, cut):
+    """Yield the first `cut` characters for training, the others for validation."""
+    for piece in pieces:
+        before = piece.text[:cut]
+        after = piece.text[cut:]
+        cut -= len(before)
+        if before or not after:
+            yield replace(piece, split="train", text=before)
+        if after:
+            yield replace(piece, split="val", text=after, first=piece.first and not before)
 
 
-def encode_batch(batch, tokenizer):
-    """-> {split: ids}. The end-of-text token stands before each document."""
-    ids = {}
-    for split, piece in batch:
-        if piece.first and tokenizer.end_of_text is not None:
-            ids.setdefault(split, []).append(np.array([tokenizer.end_of_text], dtype=np.uint16))
-        if piece.text:
-            ids.setdefault(split, []).append(tokenizer.encode(piece.text))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items()}
-
-
-def map_in_threads(work, items):
-    """Yield work(item) in the order of the items, computed by one thread per core. At most two items
-    per core are read ahead, so that memory is bounded."""
+def encode_in_threads(pieces, tokenizer):
+    """Yield ({split: ids}, position) for about PORTION characters at a time, in order, encoded by one
+    thread per core. At most two portions per core are read ahead, so that memory is bounded."""
     cores = os.cpu_count() or 1
     pending = deque()
+    portion = []
+    size = 0
     with ThreadPoolExecutor(cores) as pool:
-        for item in items:
-            pending.append(pool.submit(work, item))
+        for piece in pieces:
+            portion.append(piece)
+            size += len(piece.text)
+            if size >= PORTION:
+                pending.append(pool.submit(encode, portion, tokenizer))
+                portion = []
+                size = 0
             if len(pending) > 2 * cores:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        for future in pending:
+            yield future.result()
+    if portion:
+        yield encode(portion, tokenizer)
+
+
+def encode(pieces, tokenizer):
+    """-> ({split: ids}, position after them). The end-of-text token stands before each document."""
+    ids = {}
+    for piece in pieces:
+        arrays = ids.setdefault(piece.split, [])
+        if piece.first and tokenizer.end_of_text is not None:
+            arrays.append(np.array([tokenizer.end_of_text], dtype=np.uint16))
+        arrays.append(tokenizer.encode(piece.text))
+    return {split: np.concatenate(arrays) for split, arrays in ids.items()}, pieces[-1].position
 
 
 def report(folder, tokens, tokenizer, where=""):
@@ -434,7 +376,7 @@ def prepare_named(name, typed):
         raise UsageError(f"--{other} has no effect on {name}")
     if "source" in typed and not os.path.exists(typed["source"]):
         raise UsageError(f"--source={typed['source']} was not found")
-    DATASETS[name](os.path.join(DATA, name), **typed)
+    DATASETS[name](f"{DATA}/{name}", **typed)
 
 
 def prepare_own(paths, typed):
@@ -453,7 +395,7 @@ def prepare_own(paths, typed):
         raise UsageError("give your data a name: --name=NAME")
     if typed["name"] in DATASETS:
         raise UsageError(f"--name={typed['name']} is the name of a data set: choose another")
-    own(os.path.join(DATA, typed.pop("name")), paths, **typed)
+    own(f"{DATA}/{typed.pop('name')}", paths, **typed)
 
 
 if __name__ == "__main__":

@@ -119,9 +119,9 @@ def tokenizer_from_json(meta):
 
 def load_tokenizer(folder):
     """The tokenizer in folder/meta.json; GPT-2's where there is none."""
-    path = os.path.join(folder, "meta.json")
+    path = f"{folder}/meta.json"
     if not os.path.exists(path):
-        if os.path.exists(os.path.join(folder, "meta.pkl")):
+        if os.path.exists(f"{folder}/meta.pkl"):
             raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is not "
                              "read: prepare the data again with data/prepare.py, which writes "
                              "meta.json")
