@@ -499,8 +499,8 @@ class GPT2(nn.Module):
         Raises ValueError for a width that is not a multiple of 16: torch's kernel would read
         beyond the rows. Returns the model."""
         if self.config.n_embd % 16:
-            raise ValueError(f"n_embd={self.config.n_embd} is not divisible by 16, which int8 needs: "
-                             "use bfloat16")
+            raise ValueError(f"n_embd={self.config.n_embd} is not divisible by 16, which int8 "
+                             "needs: use bfloat16")
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
@@ -556,7 +556,7 @@ class GPT2(nn.Module):
                     token = token.masked_fill(stopped, stop_token)
                     stopped |= token == stop_token
                 if config.endless and use_cache:
-                    text = token[:, None]                        # earlier tokens are never read again
+                    text = token[:, None]                      # earlier tokens are never read again
                 else:
                     text = torch.cat((text, token[:, None]), dim=1)
                 yield token
@@ -579,7 +579,7 @@ class GPT2(nn.Module):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder; returns the model in
         evaluation mode. `overrides` are fields of GPT2Config (see `convert`), and `model.changes`
         lists what they changed. The weights are mapped from the file: they take memory as they are
-        used. Raises ValueError for a file that is damaged or not GPT-2, OSError if there is none."""
+        used. Raises ValueError for a file that is damaged or not GPT-2, OSError for a missing one."""
         config, weights = read_pretrained(name_or_folder)
         return cls.from_weights(*convert(config, weights, overrides))
 
@@ -615,7 +615,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_k is None and top_p is None:
         return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
     k = min(top_k or logits.size(-1), logits.size(-1))
-    logits, ids = logits.topk(k)                                 # exactly k, whatever ties there are
+    logits, ids = logits.topk(k)                                # exactly k, whatever ties there are
     probabilities = logits.softmax(dim=-1)
     if top_p is not None:
         more_likely = probabilities.cumsum(dim=-1) - probabilities
@@ -850,7 +850,7 @@ FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_e
 
 def config_to_json(config):
     """The content of Hugging Face's config.json. A model that is not plain GPT-2 gets another
-    model_type, so that a reader which knows only GPT-2 refuses the folder instead of misreading it."""
+    model_type, so that a reader which knows only GPT-2 refuses it instead of misreading it."""
     end_of_text = 50256 if config.vocab_size > 50256 else None
     saved = {
         "model_type": "gpt2-variant" if config.changes else "gpt2",
@@ -873,18 +873,18 @@ def config_from_json(saved):
         raise ValueError("config.json does not hold a JSON object")
     model_type = saved.get("model_type", "gpt2")
     if model_type not in ("gpt2", "gpt2-variant"):
-        raise ValueError(f"config.json says model_type={model_type!r:.50}; only GPT-2 can be loaded")
+        raise ValueError(f"config.json says model_type={model_type!r:.50}; only GPT-2 is supported")
     known = {f.name for f in fields(GPT2Config)} - {"block_size"}
     config = GPT2Config(block_size=saved.get("n_positions", 1024),
                         **{name: saved[name] for name in known if name in saved})
     unknown = saved.keys() - config_to_json(config).keys()
     if model_type == "gpt2-variant" and unknown:
-        raise ValueError(f"config.json has the field {min(unknown)!r:.50}, which this version does not "
-                         "know: the model would compute something else")
+        raise ValueError(f"config.json has the field {min(unknown)!r:.50}, which this version does "
+                         "not know: the model would compute something else")
     for name, allowed in {**FIXED, "n_inner": (4 * config.n_embd, None)}.items():
         if name in saved and saved[name] not in allowed:
-            raise ValueError(f"config.json says {name}={saved[name]!r:.50}; this model computes only "
-                             f"{name}={allowed[0]}")
+            raise ValueError(f"config.json says {name}={saved[name]!r:.50}; this model computes "
+                             f"only {name}={allowed[0]}")
     return config
 
 
@@ -917,8 +917,8 @@ def read_pretrained(name_or_folder):
 def advice_on_pickles(folder):
     for name in sorted(os.listdir(folder)):
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
-            return (f". {name} is a pickle, which could run code, so it is not read: convert it with "
-                    "transformers' save_pretrained")
+            return (f". {name} is a pickle, which could run code, so it is not read: convert it "
+                    "with transformers' save_pretrained")
     return ""
 
 
@@ -1017,10 +1017,11 @@ def check_overrides(saved, overrides):
 def convert_positions(saved, config, weights):
     if config.rope and not saved.rope:
         del weights["transformer.wpe.weight"]
-        yield "rope: the learned positions (wpe) are dropped; fine-tune the model to recover its quality"
+        yield ("rope: the learned positions (wpe) are dropped; fine-tune the model to recover its "
+               "quality")
     if config.rope and config.block_size != saved.block_size:
-        yield (f"block_size: texts of up to {config.block_size} tokens; the weights were trained on "
-               f"texts of {saved.block_size}")
+        yield (f"block_size: texts of up to {config.block_size} tokens; the weights were trained "
+               f"on texts of {saved.block_size}")
     elif config.block_size < saved.block_size:
         wpe = weights["transformer.wpe.weight"]
         weights["transformer.wpe.weight"] = wpe[:config.block_size]
@@ -1042,8 +1043,8 @@ def convert_heads(saved, config, weights):
         if "c_attn" in name:
             q, k, v = weights[name].split([saved.n_embd, width, width])
             weights[name] = torch.cat((q, average(k), average(v)))
-    yield (f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; fine-tune the "
-           "model to recover its quality")
+    yield (f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; fine-tune "
+           "the model to recover its quality")
 
 
 def convert_window(saved, config):
@@ -1150,7 +1151,7 @@ def map_tensors(header, mapped, start):
         shape = header[name]["shape"]
         begin, after = (start + offset for offset in header[name]["data_offsets"])
         if begin != end:
-            raise ValueError(f"{name!r:.80} begins at byte {begin}, the tensor before it ends at {end}")
+            raise ValueError(f"{name!r:.80} begins at byte {begin}, the one before it ends at {end}")
         if not begin <= after <= len(mapped):
             raise ValueError(f"{name!r:.80} reaches beyond the end of the file: it is truncated")
         end = after
@@ -1184,7 +1185,9 @@ def is_entry(entry):
     if not isinstance(shape, list) or not isinstance(offsets, list):
         return False
     whole = all(type(n) is int and n >= 0 for n in shape + offsets)
-    return whole and len(offsets) == 2 and len(shape) <= 8
+    if not whole or len(offsets) != 2 or len(shape) > 8:
+        return False
+    return math.prod(max(n, 1) for n in shape) < 2**62           # as far as torch can count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1213,8 +1216,8 @@ def print_costs():
     variants = {"plain": GPT2Config(), "rope": GPT2Config(rope=True), "gqa": GPT2Config(gqa=True),
                 "sliding_window": GPT2Config(sliding_window=True),
                 "all three": GPT2Config(rope=True, gqa=True, sliding_window=True)}
-    print("GPT-2 124M at 1024 tokens: parameters, key/value cache of one text in bfloat16 (as on a\n"
-          "GPU), FLOPs of a forward pass\n")
+    print("GPT-2 124M at 1024 tokens: parameters, key/value cache of one text in bfloat16\n"
+          "(as on a GPU), FLOPs of a forward pass\n")
     print(f"{'':16}{'parameters':>13}{'cache, B/token':>16}{'cache, full':>13}{'MFLOPs/token':>14}")
     for name, config in variants.items():
         with torch.device("meta"):                               # shapes without numbers

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
-from data.cli import UsageError, UserError, flag, parse_flags, run_main, usage_errors
+from data.cli import UsageError, UserError, flag, parse_flags, refuse, run_main, usage_errors
 from data.prepare import open_text
 from data.tokenizer import load_tokenizer, replace_surrogates
 from model import (
@@ -43,8 +43,8 @@ class Sampling:
     num_samples: int = flag(1, "samples; a single one is printed while it is written", at_least=1,
                             below=2**31)
     max_new_tokens: int = flag(500, "tokens of each sample", at_least=1, below=2**31)
-    temperature: float = flag(0.8, "below 1 more likely text, above 1 less; 0 always takes the most "
-                              "likely token", at_least=0)
+    temperature: float = flag(0.8, "below 1 more likely text, above 1 less; 0 always takes the "
+                              "most likely token", at_least=0)
     top_k: int = flag(200, "choose among the k most likely tokens, 0 = all", at_least=0)
     top_p: float = flag(1.0, "choose among the most likely tokens that together have this "
                         "probability", above=0, at_most=1)
@@ -70,15 +70,13 @@ def parse_command_line():
     shape = {f.name: f for f in fields(GPT2Config) if f.name in CHANGES}
     typed, _ = parse_flags(__doc__, {**own, **shape})
     if typed.get("temperature") == 0:
-        for name in sorted(typed.keys() & {"top_k", "top_p", "seed"}):
-            raise UsageError(f"--{name} has no effect at --temperature=0, which always takes the most "
-                             "likely token")
+        refuse(typed, ("top_k", "top_p", "seed"), "has no effect at --temperature=0, which always "
+               "takes the most likely token")
     if typed.get("benchmark"):
-        for name in sorted(typed.keys() & {"start", "max_new_tokens", "temperature", "top_k", "top_p",
-                                           "stop_at_eot", "use_cache", "seed"}):
-            raise UsageError(f"--{name} has no effect with --benchmark")
-    if "out_dir" in typed and typed.get("init_from", "resume") != "resume":
-        raise UsageError("--out_dir has no effect with --init_from=" + typed["init_from"])
+        refuse(typed, ("start", "max_new_tokens", "temperature", "top_k", "top_p", "stop_at_eot",
+                       "use_cache", "seed"), "has no effect with --benchmark")
+    if typed.get("init_from", "resume") != "resume":
+        refuse(typed, ["out_dir"], "has no effect with --init_from=" + typed["init_from"])
     options = Sampling(**{name: value for name, value in typed.items() if name in own})
     return options, {name: value for name, value in typed.items() if name in shape}
 
@@ -94,10 +92,11 @@ def load(options, overrides):
     if source == "resume":
         source = options.out_dir
         if not os.path.exists(f"{source}/config.json"):
-            raise UserError(f"there is no checkpoint in {source}: train one with python train.py, name "
-                            "its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
+            raise UserError(f"there is no checkpoint in {source}: train one with python train.py, "
+                            "name its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
     elif source not in SIZES and not os.path.isdir(source):
-        raise UsageError(f"--init_from={source} is not resume, one of {', '.join(SIZES)}, or a folder")
+        raise UsageError(f"--init_from={source} is not resume, one of {', '.join(SIZES)}, or a "
+                         "folder")
     config, weights = read_pretrained(source)
     with usage_errors():
         config, weights, changes = convert(config, weights, overrides)
@@ -106,8 +105,8 @@ def load(options, overrides):
         print(change, file=sys.stderr)                           # stdout is for the text
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens, "
-                        f"the model {config.vocab_size}: its meta.json is missing or of another model")
+        raise UserError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
+                        f"tokens, the model {config.vocab_size}: its meta.json is missing or wrong")
     if options.dtype == "int8":
         model = model.to_int8()
         dtype = torch.int8
@@ -141,14 +140,13 @@ def is_piped():
 
 def encode_prompt(tokenizer, text):
     """-> ids (1, T). Here, unlike in data, <|endoftext|> is the token, if the tokenizer has one."""
-    if tokenizer.end_of_text is None:
-        parts = [text]
-    else:
+    parts = [text]
+    if tokenizer.end_of_text is not None:
         parts = text.split("<|endoftext|>")
-    ids = tokenizer.encode(parts[0])
-    for part in parts[1:]:
-        ids = np.concatenate((ids, [tokenizer.end_of_text], tokenizer.encode(part)))
-    return torch.from_numpy(ids.astype(np.int64))[None]
+    ids = []
+    for part in parts:
+        ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
+    return torch.tensor([ids[1:]])
 
 
 def write_one(tokenizer, prompt, stream, stop_token):
@@ -190,8 +188,8 @@ def benchmark(model, samples, new=32):
                 times.append(time.perf_counter())
         seconds = np.diff(times)
         one = float(np.median(seconds[1:]))
-        print(f"prompt {length:5}: read at {samples * length / seconds[0]:,.0f} tokens per second, then "
-              f"{samples / one:,.1f} tokens per second for {samples} texts; "
+        print(f"prompt {length:5}: read at {samples * length / seconds[0]:,.0f} tokens per second, "
+              f"then {samples / one:,.1f} tokens per second for {samples} texts; "
               f"{weights / one / 1e9:,.1f} GB/s of weights")
 
 
@@ -219,8 +217,8 @@ def write():
     writer = write_one if options.num_samples == 1 else write_many
     count = writer(tokenizer, prompt[0].tolist(), stream, stop_token)
     seconds = max(time.monotonic() - began, 1e-9)
-    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on {device}, "
-          f"{dtype}")
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on "
+          f"{device}, {dtype}")
 
 
 if __name__ == "__main__":

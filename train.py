@@ -33,13 +33,14 @@ from torch.utils.data import DataLoader
 
 from data import DATA
 from data.cli import (
+    Progress,
     UsageError,
     UserError,
-    Progress,
     check_limits,
     flag,
     parse_flags,
     print_error,
+    refuse,
     run_main,
     usage_errors,
 )
@@ -74,8 +75,8 @@ class Run:
         "scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
         f"{', '.join(SIZES)}, or a folder with a checkpoint", runtime=True)
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
-    dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or a "
-                        "folder with token files")
+    dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
+                        "a folder with token files")
     seed: int = flag(1337, "random seed for weights, data order and dropout", at_least=0)
     batch_size: int = flag(4, "samples of block_size tokens in a batch of one process", at_least=1)
     gradient_accumulation_steps: int = flag(
@@ -94,18 +95,18 @@ class Run:
         False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
     eval_interval: int = flag(200, "steps between evaluations, each followed by a checkpoint",
                               at_least=1)
-    eval_iters: int = flag(20, "batches of each split in an evaluation, over all processes; 0 = all",
+    eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all",
                            at_least=0)
     eval_only: bool = flag(False, "evaluate on the validation data, and exit", runtime=True)
     eval_stride: int = flag(
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
         runtime=True, at_least=1)
-    benchmark: bool = flag(False, "time the parts of a step, and exit; writes nothing", runtime=True)
+    benchmark: bool = flag(False, "time the parts of a step and exit; writes nothing", runtime=True)
     always_save_checkpoint: bool = flag(
         True, "False: export the model only when the validation loss is the best so far")
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl", at_least=1)
     fsdp: bool = flag(
-        False, "shard weights, gradients and optimizer over the processes of torchrun", runtime=True)
+        False, "shard weights, gradients and optimizer over torchrun's processes", runtime=True)
     backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", runtime=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", runtime=True)
     dtype: str = flag("auto", "auto, float32, bfloat16, float16", runtime=True,
@@ -127,31 +128,30 @@ FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
 OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a number, and multiply "
-                 "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, or "
-                 "--fsdp under torchrun")
+                 "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, "
+                 "or --fsdp under torchrun")
 
 
 def parse_command_line():
     """-> {name: value} of the flags that were typed. Raises UsageError for those without effect."""
     typed, _ = parse_flags(__doc__, {**RUN, **SHAPE})
-    others = sorted(typed.keys() - {"plot", "out_dir"})
-    schedule = sorted(typed.keys() & {"warmup_iters", "lr_decay_iters", "min_lr"})
-    if "plot" in typed and others:
-        raise UsageError(f"--{others[0]} has no effect with --plot, which only draws")
-    if schedule and not typed.get("decay_lr", True):
-        raise UsageError(f"--{schedule[0]} has no effect without --decay_lr")
-    if typed.get("benchmark") and typed.get("eval_only"):
-        raise UsageError("--benchmark times training steps and --eval_only makes none: leave one out")
-    if typed.get("eval_only") and typed.get("init_from", "scratch") == "scratch":
-        raise UsageError("--eval_only would measure random weights: add --init_from=resume, a folder "
-                         f"or one of {', '.join(SIZES)}")
-    if "eval_stride" in typed and not typed.get("eval_only"):
-        raise UsageError("--eval_stride has no effect without --eval_only")
+    if "plot" in typed:
+        refuse(typed, typed.keys() - {"plot", "out_dir"}, "has no effect with --plot")
+    if not typed.get("decay_lr", True):
+        refuse(typed, ("warmup_iters", "lr_decay_iters", "min_lr"),
+               "has no effect without --decay_lr")
+    if not typed.get("eval_only"):
+        refuse(typed, ["eval_stride"], "has no effect without --eval_only")
+    elif typed.get("init_from", "scratch") == "scratch":
+        raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
+                         f"folder or one of {', '.join(SIZES)}")
+    else:
+        refuse(typed, ["benchmark"], "times training steps, --eval_only makes none: leave one out")
+    if not is_distributed():
+        refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
-        raise UsageError("--fsdp shares one model among several processes: start them with torchrun "
-                         "--standalone --nproc_per_node=2 train.py --fsdp")
-    if "backend" in typed and not is_distributed():
-        raise UsageError("--backend has no effect on one process")
+        raise UsageError("--fsdp shares one model among several processes: start them with "
+                         "torchrun --standalone --nproc_per_node=2 train.py --fsdp")
     for package in ("tensorboard", "wandb"):
         if typed.get(package):
             try:
@@ -202,9 +202,9 @@ def check_contradictions(typed, saved, out_dir):
     for name in ("dataset", "seed", *SHAPE):
         changeable = name in ("dropout", "flash")
         if name in typed and typed[name] != saved[name] and not changeable:
-            raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, which "
-                             f"has {name}={saved[name]}: leave it out, or start another run from "
-                             f"these weights with --init_from={out_dir} --out_dir=...")
+            raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, "
+                             f"which has {name}={saved[name]}: leave it out, or start another run "
+                             f"from these weights with --init_from={out_dir} --out_dir=...")
 
 
 def check_accumulation(run):
@@ -214,8 +214,8 @@ def check_accumulation(run):
         lower = steps // ranks * ranks
         near = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
         fewer = max(n for n in range(1, ranks) if steps % n == 0)
-        raise UsageError(f"--gradient_accumulation_steps={steps} counts over all processes and does "
-                         f"not divide among {ranks}: use {near}, or --nproc_per_node={fewer}")
+        raise UsageError(f"--gradient_accumulation_steps={steps} counts over all processes and "
+                         f"does not divide among {ranks}: use {near}, or --nproc_per_node={fewer}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ def join(device, backend):
     store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
     dist.init_process_group(backend, timeout=timedelta(hours=1), store=store, rank=rank(),
                             world_size=world_size())
-    gather(None)                         # an exit now would break connections that others still open
+    gather(None)                        # an exit now would break connections that others still open
 
 
 def gather(value):
@@ -306,8 +306,8 @@ def check_same(what, value):
     values = gather(value)
     for other_rank, other in enumerate(values):
         if other != values[0]:
-            raise UserError(f"{what}: process {other_rank} of {len(values)} has {other}, process 0 has "
-                            f"{values[0]}")
+            raise UserError(f"{what}: process {other_rank} of {len(values)} has {other}, process 0 "
+                            f"has {values[0]}")
 
 
 def sum_over_processes(values, device):
@@ -450,7 +450,8 @@ class Checkpoint:
                 if name not in self.tensors or self.tensors[name].shape != p.shape:
                     raise ValueError(f"it has no {name} of shape {tuple(p.shape)}")
             self.weights = {name: self.tensors.pop(name) for name in expected}
-        except (UserError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (UserError, ValueError, TypeError, KeyError, AttributeError,
+                RecursionError) as error:
             raise UserError(self.damaged(error)) from None
 
     def damaged(self, error):
@@ -458,7 +459,8 @@ class Checkpoint:
         text = f"{error}" if self.path in str(error) else f"{self.path} is damaged ({error!r:.200})"
         previous = os.path.join(os.path.dirname(self.path), PREVIOUS)
         if os.path.exists(previous):
-            text += f". The state before it is {previous}: rename it to {STATE} to resume from there"
+            text += (f". The state before it is {previous}: rename it to {STATE} to resume from "
+                     "there")
         return text
 
     def restore(self, optimizers, parameters):
@@ -466,23 +468,24 @@ class Checkpoint:
         names = [type(optimizer).__name__ for optimizer in optimizers]
         saved_names = [name for name, _ in self.optimizers]
         if names != saved_names:
-            raise UserError(f"{self.path} holds the state of {', '.join(saved_names)}; this run uses "
-                            f"{', '.join(names)}")
+            raise UserError(f"{self.path} holds the state of {', '.join(saved_names)}; this run "
+                            f"uses {', '.join(names)}")
         by_parameter = {p: name for name, p in parameters.items()}
         rest = dict(self.tensors)
         for i, (optimizer, (_, keys)) in enumerate(zip(optimizers, self.optimizers, strict=True)):
             state = {}
             for group in optimizer.param_groups:
                 for p in group["params"]:
-                    try:
-                        state[len(state)] = {key: placed(rest.pop(entry(i, key, by_parameter[p])), p)
-                                             for key in keys}
-                    except KeyError as error:
-                        raise ValueError(self.damaged(f"it lacks {error}")) from None
+                    state[len(state)] = kept = {}
+                    for key in keys:
+                        name = entry(i, key, by_parameter[p])
+                        if name not in rest:
+                            raise UserError(self.damaged(f"it lacks {name!r}"))
+                        kept[key] = placed(rest.pop(name), p)
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": state, "param_groups": groups})
         if rest:
-            raise ValueError(self.damaged(f"it holds an unknown {min(rest)!r}"))
+            raise UserError(self.damaged(f"it holds an unknown {min(rest)!r}"))
 
 
 def check_saved_flag(name, value):
@@ -573,9 +576,9 @@ def exhaust(tensors):
 def set_aside(out_dir):
     """Move the run that a new one would overwrite into the first free out_dir/run-N. Returns that
     folder, None if there is no run. The state goes first, so that half of a run is never resumed,
-    and the weights go last: as long as they are here, the next call finishes an interrupted move."""
-    names = [STATE, PREVIOUS, "config.json", "meta.json", "metrics.jsonl", "loss.svg", "tensorboard",
-             "training_state.pt", "model.safetensors"]
+    and the weights last: as long as they are here, the next call finishes an interrupted move."""
+    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "metrics.jsonl",
+             "loss.svg", "tensorboard", "model.safetensors"]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
     if STATE not in here and "model.safetensors" not in here:
         return None
@@ -700,7 +703,8 @@ def read_metrics(out_dir):
     records = []
     with open(path, encoding="utf-8", errors="replace") as f:
         for line in f:
-            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError,
+                                     RecursionError):
                 record = json.loads(line)
                 numbers = all(type(v) in (int, float) for v in record.values())
                 if type(record["step"]) is int and numbers:
@@ -769,7 +773,8 @@ def draw(path, curves, axes, low, high):
         content.append('<g clip-path="url(#plot)">')
         for points, width in ((line, 1), (dots, 2)):
             corners = " ".join(f"{px},{py}" for px, py in (at(*point) for point in points))
-            content.append(f'<polyline stroke="{color}" stroke-width="{width}" points="{corners}"/>')
+            content.append(f'<polyline stroke="{color}" stroke-width="{width}" '
+                           f'points="{corners}"/>')
         if len(dots) <= 100:
             content += [circle(*at(*point), color) for point in dots]
         y = 420 + 18 * i
@@ -975,7 +980,7 @@ def evaluate(trainer, data, spans, progress=None):
         count = int((rows[:, 3] - rows[:, 2]).sum())
         nats = nats + loss.float() * count
         tokens += count
-        if progress:
+        if progress and is_main():
             progress.show(min((start + batch_size) * world_size(), len(spans)), len(spans))
     model.train()
     if trainer.run.fsdp:
@@ -997,19 +1002,19 @@ def read_spans(data, rows):
 
 
 def evaluate_only(trainer, tokenizer):
-    """--eval_only: print loss, perplexity exp(loss), and bits per byte: the sum of the losses / ln 2
-    / bytes of the predicted tokens' text."""
+    """--eval_only: print loss, perplexity exp(loss), and bits per byte: the sum of the losses
+    / ln 2 / bytes of the predicted tokens' text."""
     run = trainer.run
     data = trainer.splits["val"]
     stride = run.eval_stride or data.block_size
     if stride > data.block_size:
-        raise UsageError(f"--eval_stride={stride} is more than block_size={data.block_size}: tokens in "
-                         "between would be left out")
+        raise UsageError(f"--eval_stride={stride} is more than block_size={data.block_size}: "
+                         "tokens in between would be left out")
     spans = choose_spans(data, run.eval_iters * run.batch_size, stride)
     announce("samples", f"{len(spans):,} of {len(data.spans(stride)):,}, {stride} tokens apart; "
                         "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
                         f"predicted from {data.block_size - stride + 1} or more")
-    loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1) if is_main() else None)
+    loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1))
     predicted = [data.files[file][first:end] for file, _, first, end in spans]
     tokens = sum(map(len, predicted))
     lengths = tokenizer.byte_lengths()
@@ -1171,7 +1176,8 @@ def evaluate_and_save(trainer, log, save):
         spans = choose_spans(data, run.eval_iters * run.batch_size, data.block_size)
         losses[f"{split}_loss"] = evaluate(trainer, data, spans)
     if not all(map(math.isfinite, losses.values())):
-        raise not_finite(trainer, f"the evaluated loss after step {state.step}", "Nothing was saved")
+        raise not_finite(trainer, f"the evaluated loss after step {state.step}",
+                         "Nothing was saved")
     state.evaluated_step = state.step
     better = losses["val_loss"] < state.best_val_loss
     if better:
@@ -1317,8 +1323,8 @@ def train(typed, device, why_device):
     """One run, from the flags to the last checkpoint. Returns the exit code."""
     run, shape, checkpoint = resolve(typed)
     if run.dtype == "float16" and (run.fsdp or device.type != "cuda"):
-        raise UsageError("--dtype=float16 needs loss scaling, which works on CUDA without FSDP: use "
-                         "bfloat16 or float32")
+        raise UsageError("--dtype=float16 needs loss scaling, which works on CUDA without FSDP: "
+                         "use bfloat16 or float32")
     dtype, why_dtype = choose_dtype(run.dtype, device, float16=not run.fsdp)
     with usage_errors():
         compiled, why_compile = choose_compile(run.compile, device)
@@ -1360,8 +1366,8 @@ def run_training(trainer, tokenizer, content):
                 save_export(trainer, tokenizer)
             save_state(trainer, tokenizer, content)
         except OSError as error:
-            raise UserError(f"the checkpoint of step {state.step} cannot be saved in {run.out_dir}: "
-                            f"{error}. A state saved before it is untouched") from None
+            raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
+                            f"{run.out_dir}: {error}. The state before it is untouched") from None
         trainer.saved_step = state.step
     stopped = loop(trainer, log, save)
     if is_main():
@@ -1371,8 +1377,8 @@ def run_training(trainer, tokenizer, content):
             f"    {resume_command(run)}")
         return stopped
     if not run.always_save_checkpoint and state.best_step == 0:
-        say(f"\nThe validation loss never improved: {run.out_dir} holds the initial model. Try a lower "
-            "--learning_rate")
+        say(f"\nThe validation loss never improved: {run.out_dir} holds the initial model. Try a "
+            "lower --learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
         f"The curves are in {run.out_dir}/loss.svg\n"
@@ -1383,7 +1389,7 @@ def make_out_dir(out_dir):
     try:
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out_dir={out_dir} cannot be written ({error}): choose another") from None
+        raise UserError(f"--out_dir={out_dir} cannot be used ({error}): choose another") from None
 
 
 def out_dir_flag(run):

@@ -59,7 +59,7 @@ def parse_flags(description, flags, positional=None, argv=None):
 
     Returns ({name: value} of the flags that were typed, [positional arguments]). Booleans take
     --flag, --flag=True, --flag=False and --no-flag. `positional` is the help text of the positional
-    arguments, None if there are none. Raises UsageError for an unknown flag or a value out of range.
+    arguments, None if there are none. Raises UsageError for an unknown flag or a wrong value.
     """
     parser = Parser(usage="%(prog)s [--flag=value ...]", description=description,
                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,6 +117,12 @@ def refuse_unknown(argument, flags):
     raise UsageError(f"there is no flag {name}{hint}")
 
 
+def refuse(typed, names, why):
+    """Raise UsageError if one of the flags `names` was typed. why: the rest of the message."""
+    for name in sorted(typed.keys() & set(names)):
+        raise UsageError(f"--{name} {why}")
+
+
 def check_limits(name, value, limits):
     """Raise UsageError if the value of a flag is outside the limits in its field's metadata."""
     shown = f"--{name}={value!s:.50}"
@@ -148,7 +154,7 @@ def run_main(main, memory_advice, report=None):
         code = main() or 0
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:                                      # the reader (`head`) closed the pipe
+    except BrokenPipeError:                                    # the reader (`head`) closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)             # or Python complains as it flushes
         code = 141
     except (UserError, ValueError, OSError, MemoryError, RuntimeError) as error:
@@ -169,7 +175,7 @@ def repair_output():
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))
-    if hasattr(sys.stdout, "reconfigure"):                       # a notebook's stdout has no such method
+    if hasattr(sys.stdout, "reconfigure"):                  # a notebook's stdout has no such method
         sys.stdout.reconfigure(errors="replace")
 
 

@@ -1,6 +1,6 @@
 """
-Downloads from the Hugging Face hub and from any web server: continued after an interruption, checked
-against a hash, and complete once they are under their name.
+Downloads from the Hugging Face hub and from any web server: continued after an interruption,
+checked against a hash, and complete once they are under their name.
 """
 import hashlib
 import os
@@ -22,7 +22,7 @@ def hub_file(repo, name):
     """
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     hub = os.path.join(os.path.expanduser(home), "hub")
-    for alias in (repo.split("/")[-1], repo):                    # transformers may use the short name
+    for alias in (repo.split("/")[-1], repo):                  # transformers may use the short name
         folder = f"{hub}/models--{alias.replace('/', '--')}"
         for revision in (current_commit(folder), "main"):
             path = f"{folder}/snapshots/{revision}/{name}"
@@ -44,8 +44,8 @@ def current_commit(folder):
 def hub_download(repo, name, path, show=None):
     """Download a file of the hub to `path`. The repo of a data set starts with "datasets/"."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise FileNotFoundError(f"{path} not found, and HF_HUB_OFFLINE forbids to download it: copy "
-                                f"{name} of {repo} to that place")
+        raise FileNotFoundError(f"{path} not found, and HF_HUB_OFFLINE forbids to download it: "
+                                f"copy {name} of {repo} to that place")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not endpoint.startswith(("http://", "https://")):
         endpoint = f"https://{endpoint}"
@@ -76,20 +76,21 @@ def download(url, path, sha256=None, token=None, show=None):
     got = bytes_in(part)
     if size not in (None, got) or expected not in (None, file_hash(part, expected)):
         os.remove(part)
-        raise ConnectionError(f"{url}: the {got:,} bytes that came are not the file that was announced "
-                              f"({size or got:,} bytes, hash {expected}). They were discarded: try "
-                              "again")
+        raise ConnectionError(f"{url}: the {got:,} bytes that came are not the file that was "
+                              f"announced ({size or got:,} bytes, hash {expected}). They were "
+                              "discarded: try again")
     os.replace(part, path)
     return path
 
 
 def open_session(token):
     session = requests.Session()
-    retry = Retry(3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504), raise_on_status=False)
+    retry = Retry(3, backoff_factor=0.5, status_forcelist=(500, 502, 503, 504),
+                  raise_on_status=False)
     session.mount("http://", HTTPAdapter(max_retries=retry))
     session.mount("https://", HTTPAdapter(max_retries=retry))
     session.headers["Accept-Encoding"] = "identity"
-    if token:                                                    # requests drops it for another host
+    if token:                                                   # requests drops it for another host
         session.headers["Authorization"] = f"Bearer {token.strip()}"
     return session
 

@@ -34,9 +34,9 @@ def find_data(name):
                 found.append(path)
     for split, found in paths.items():
         if not found:
-            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}. Prepare "
-                                    f"it with python data/prepare.py {name}, or your own files with "
-                                    f"python data/prepare.py PATH... --name={name}")
+            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}. "
+                                    f"Prepare it with python data/prepare.py {name}, or your own "
+                                    f"files with python data/prepare.py PATH... --name={name}")
     return folder, paths
 
 
@@ -76,16 +76,16 @@ def open_shard(path, size, header):
     magic, version, tokens = np.append(header[:3], [0, 0, 0])[:3].tolist()
     if magic != SHARD_MAGIC or version != 1:
         raise ValueError(f"{path} has magic {magic} and version {version}; GPT-2 tokens have "
-                         f"{SHARD_MAGIC} and 1. It is damaged or of another kind: download it again")
+                         f"{SHARD_MAGIC} and 1. It is damaged, or another kind: download it again")
     if size != 1024 + 2 * tokens:
-        raise ValueError(f"{path}: a shard of {tokens:,} tokens has {1024 + 2 * tokens:,} bytes, not "
-                         f"{size:,}. It is truncated or damaged: download it again")
+        raise ValueError(f"{path}: a shard of {tokens:,} tokens has {1024 + 2 * tokens:,} bytes, "
+                         f"not {size:,}. It is truncated or damaged: download it again")
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
 class TokenDataset(Dataset):
-    """Token files cut into samples of block_size tokens. Sample i is (x, y), each (T,) int64; y is x
-    one token later. The files are mapped, so they may be larger than memory."""
+    """Token files cut into samples of block_size tokens. Sample i is (x, y), each (T,) int64; y is
+    x one token later. The files are mapped, so they may be larger than memory."""
 
     def __init__(self, paths, block_size, vocab_size, expected=None):
         """expected: the number of tokens that must be there, None if unknown."""
@@ -95,15 +95,15 @@ class TokenDataset(Dataset):
         self.files = [open_tokens(path) for path in paths]
         self.tokens = sum(map(len, self.files))
         if expected is not None and self.tokens != expected:
-            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says {expected:,}: "
-                             "it is half written. Prepare the data again")
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says "
+                             f"{expected:,}: it is half written. Prepare the data again")
         # Samples of file f have the numbers from ends[f - 1] up to ends[f].
         self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
         if len(self) == 0:
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one sample of "
                              f"block_size={block_size} and one more: use a smaller --block_size or "
                              "more text")
-        self[0]                                                  # fails now if the tokens do not fit
+        self[0]                                                 # fails now if the tokens do not fit
         self[len(self) - 1]
 
     def __len__(self):
@@ -129,8 +129,8 @@ class TokenDataset(Dataset):
         """Tokens start to end of a file. ValueError if one is outside the vocabulary."""
         ids = self.files[file][start:end]
         if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.paths[file]} holds token {ids.max()}, beyond the vocabulary of "
-                             f"{self.vocab_size}: it was made with another tokenizer")
+            raise ValueError(f"{self.paths[file]} holds token {ids.max()}, beyond the vocabulary "
+                             f"of {self.vocab_size}: it was made with another tokenizer")
         return ids
 
     def spans(self, stride):
@@ -160,8 +160,8 @@ class TokenDataset(Dataset):
 class EndlessSampler(DistributedSampler):
     """torch's DistributedSampler without an end, which can start anywhere.
 
-    The shuffled epochs follow each other in one line of samples, and process r of R takes every R-th
-    of it. So a step reads the same samples for any R, each sample comes once an epoch, and the
+    The shuffled epochs follow each other in one line of samples, and process r of R takes every
+    R-th of it. So a step reads the same samples for any R, each sample comes once an epoch, and the
     position is one number: the samples consumed, by all processes together. Of several files the
     order is shuffled, and the samples within each: reads stay local, and memory small.
     """

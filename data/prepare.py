@@ -31,7 +31,7 @@ import numpy as np
 if not __package__:                              # run as a script: the folder above holds `data`
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import DATA
-from data.cli import Progress, UsageError, UserError, flag, parse_flags, run_main
+from data.cli import Progress, UsageError, UserError, flag, parse_flags, refuse, run_main
 from data.download import download, hub_download
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, code_points, replace_surrogates
 
@@ -82,8 +82,8 @@ def shakespeare(folder, source=None):
 
 
 def fineweb(folder, shards=103):
-    """The 10 billion tokens of llm.c's GPT-2 124M: the first `shards`, and the one to validate on."""
-    from data.loader import open_tokens                          # imports torch
+    """The 10 billion tokens of llm.c's GPT-2 124M: the first `shards`, and one to validate on."""
+    from data.loader import open_tokens  # imports torch
     names = ["fineweb_val_000000.bin"]
     names += [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)]
     counts = []
@@ -103,8 +103,8 @@ DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, finew
 
 
 def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
-    """Any files and folders. Each file is a document, and so is each line of a .jsonl file (the text
-    in its `field`)."""
+    """Any files and folders. Each file is a document, and so is each line of a .jsonl file (the
+    text in its `field`)."""
     files = []
     for path in paths:
         if not os.path.exists(path):
@@ -150,8 +150,8 @@ def open_text(path, mode="rt"):
         with opener(path, mode, **options) as f:
             yield f
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): repair it, convert it to UTF-8, or leave "
-                        "it out") from None
+        raise UserError(f"{path} cannot be read ({error}): repair it, convert it to UTF-8, or "
+                        "leave it out") from None
 
 
 def is_binary(path):
@@ -209,8 +209,8 @@ def read_all(files, read):
 def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     """Write a data set from files, see `read_all`. tokenizer: "gpt2" or "char".
 
-    All text is read once before it is encoded, for the table of characters and for the split, and to
-    report a bad line now and not after hours. The data set is written to folder.part, which is
+    All text is read once before it is encoded, for the table of characters and for the split, and
+    to report a bad line now and not after hours. The data set is written to folder.part, which is
     renamed when it is complete.
     """
     check_folder(folder)
@@ -301,8 +301,8 @@ def split_at(pieces, cut):
 
 
 def encode_in_threads(pieces, tokenizer):
-    """Yield ({split: ids}, position) for about PORTION characters at a time, in order, encoded by one
-    thread per core. At most two portions per core are read ahead, so that memory is bounded."""
+    """Yield ({split: ids}, position) for about PORTION characters at a time, in order, encoded by
+    one thread per core. At most two portions per core are read ahead, so that memory is bounded."""
     cores = os.cpu_count() or 1
     pending = deque()
     portion = []
@@ -335,8 +335,8 @@ def encode(pieces, tokenizer):
 
 
 def report(folder, tokens, tokenizer, where=""):
-    print(f"{folder}: {tokens['train']:,} tokens to train on{where}, {tokens['val']:,} to validate, "
-          f"vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
+    print(f"{folder}: {tokens['train']:,} tokens to train on{where}, {tokens['val']:,} to "
+          f"validate, vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,8 +362,8 @@ def prepare():
     typed, what = parse_flags(__doc__, {f.name: f for f in fields(Options)},
                               "the name of a data set, or files and folders of your own")
     if not what:
-        raise UsageError(f"say what to prepare: {', '.join(DATASETS)}, or files and folders of your "
-                         "own")
+        raise UsageError(f"say what to prepare: {', '.join(DATASETS)}, or files and folders of "
+                         "your own")
     if len(what) == 1 and what[0] in DATASETS:
         prepare_named(what[0], typed)
     else:
@@ -372,16 +372,14 @@ def prepare():
 
 def prepare_named(name, typed):
     used = "shards" if name == "fineweb" else "source"
-    for other in sorted(typed.keys() - {used}):
-        raise UsageError(f"--{other} has no effect on {name}")
+    refuse(typed, typed.keys() - {used}, f"has no effect on {name}")
     if "source" in typed and not os.path.exists(typed["source"]):
         raise UsageError(f"--source={typed['source']} was not found")
     DATASETS[name](f"{DATA}/{name}", **typed)
 
 
 def prepare_own(paths, typed):
-    for other in sorted(typed.keys() & {"source", "shards"}):
-        raise UsageError(f"--{other} has no effect on your own files")
+    refuse(typed, ("source", "shards"), "has no effect on your own files")
     named = [path for path in paths if path in DATASETS]
     if named:
         raise UsageError(f"{named[0]} is a data set of its own: prepare it alone")

@@ -122,8 +122,8 @@ def load_tokenizer(folder):
     path = f"{folder}/meta.json"
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
-            raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is not "
-                             "read: prepare the data again with data/prepare.py, which writes "
+            raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
+                             "not read: prepare the data again with data/prepare.py, which writes "
                              "meta.json")
         return GPT2Tokenizer()
     with open(path, encoding="utf-8") as f:
@@ -154,6 +154,7 @@ def gpt2_bpe():
     except (requests.RequestException, OSError, ValueError) as error:
         files = [f"{BPE_URL}{name} as {hashlib.sha1((BPE_URL + name).encode()).hexdigest()}"
                  for name in ("vocab.bpe", "encoder.json")]
-        raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded ({type(error).__name__}). "
-                              "To work offline, set TIKTOKEN_CACHE_DIR to a folder with two files: "
+        raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded "
+                              f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR to "
+                              "a folder with two files: "
                               + "; ".join(files)) from None
