@@ -579,7 +579,7 @@ class GPT2(nn.Module):
         """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder; returns the model in
         evaluation mode. `overrides` are fields of GPT2Config (see `convert`), and `model.changes`
         lists what they changed. The weights are mapped from the file: they take memory as they are
-        used. Raises ValueError for a file that is damaged or not GPT-2, OSError for a missing one."""
+        used. Raises ValueError for a damaged file or another model, OSError for a missing file."""
         config, weights = read_pretrained(name_or_folder)
         return cls.from_weights(*convert(config, weights, overrides))
 
@@ -1151,7 +1151,7 @@ def map_tensors(header, mapped, start):
         shape = header[name]["shape"]
         begin, after = (start + offset for offset in header[name]["data_offsets"])
         if begin != end:
-            raise ValueError(f"{name!r:.80} begins at byte {begin}, the one before it ends at {end}")
+            raise ValueError(f"{name!r:.80} begins at byte {begin}, the one before ends at {end}")
         if not begin <= after <= len(mapped):
             raise ValueError(f"{name!r:.80} reaches beyond the end of the file: it is truncated")
         end = after

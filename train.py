@@ -26,11 +26,6 @@ import time
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import timedelta
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch.utils.data import DataLoader
-
 from data import DATA
 from data.cli import (
     Progress,
@@ -38,30 +33,14 @@ from data.cli import (
     UserError,
     check_limits,
     flag,
+    flags_in_source,
     parse_flags,
     print_error,
     refuse,
     run_main,
     usage_errors,
 )
-from data.loader import EndlessSampler, TokenDataset, find_data, token_counts
 from data.prepare import DATASETS
-from data.tokenizer import load_tokenizer, tokenizer_from_json
-from model import (
-    GPT2,
-    SIZES,
-    GPT2Config,
-    atomic_write,
-    choose_compile,
-    choose_device,
-    choose_dtype,
-    config_to_json,
-    convert,
-    read_pretrained,
-    read_safetensors,
-    write_safetensors,
-    write_weights,
-)
 
 # --------------------------------------------------------------------------------------------------
 # Flags: these, and the fields of GPT2Config
@@ -73,7 +52,7 @@ class Run:
     checkpoint."""
     init_from: str = flag(
         "scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
-        f"{', '.join(SIZES)}, or a folder with a checkpoint", runtime=True)
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a checkpoint", runtime=True)
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
@@ -120,10 +99,9 @@ class Run:
 
 
 RUN = {f.name: f for f in fields(Run)}
-SHAPE = {f.name: f for f in fields(GPT2Config)}
 # Recipes: what a run from scratch or from trained weights changes in the defaults. From scratch the
 # model is small enough to learn something on a CPU in minutes; fine-tuning is short and gentle.
-SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128)
+SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
@@ -131,10 +109,39 @@ OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a num
                  "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, "
                  "or --fsdp under torchrun")
 
+if __name__ == "__main__" and "--help" in sys.argv:              # before torch: it takes seconds
+    SHAPE = flags_in_source(__file__.replace("train.py", "model.py"), "GPT2Config")
+    run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults=SCRATCH), OUT_OF_MEMORY)
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from data.loader import EndlessSampler, TokenDataset, find_data, token_counts
+from data.tokenizer import load_tokenizer, tokenizer_from_json
+from model import (
+    GPT2,
+    SIZES,
+    GPT2Config,
+    atomic_write,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    config_to_json,
+    convert,
+    read_pretrained,
+    read_safetensors,
+    write_safetensors,
+    write_weights,
+)
+
+SHAPE = {f.name: f for f in fields(GPT2Config)}
+
 
 def parse_command_line():
     """-> {name: value} of the flags that were typed. Raises UsageError for those without effect."""
-    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE})
+    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE}, defaults=SCRATCH)
     if "plot" in typed:
         refuse(typed, typed.keys() - {"plot", "out_dir"}, "has no effect with --plot")
     if not typed.get("decay_lr", True):
@@ -855,9 +862,9 @@ def choose_model(run, shape, checkpoint, tokenizer):
     """-> (GPT2Config, weights or None for new ones)"""
     source = run.out_dir if run.init_from == "resume" else run.init_from
     if source == "scratch":
-        vocab_size = shape.setdefault("vocab_size", tokenizer.vocab_size)
-        if vocab_size < tokenizer.vocab_size:
-            raise UsageError(f"--vocab_size={vocab_size} is too small: the data has "
+        shape["vocab_size"] = shape["vocab_size"] or tokenizer.vocab_size
+        if shape["vocab_size"] < tokenizer.vocab_size:
+            raise UsageError(f"--vocab_size={shape['vocab_size']} is too small: the data has "
                              f"{tokenizer.vocab_size} different tokens")
         with usage_errors():
             return GPT2Config(**shape), None

@@ -3,6 +3,8 @@ What the scripts share on the command line: flags made from dataclass fields, er
 fix, and a progress line.
 """
 import argparse
+import ast
+import builtins
 import contextlib
 import difflib
 import math
@@ -54,17 +56,18 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def parse_flags(description, flags, positional=None, argv=None):
+def parse_flags(description, flags, positional=None, argv=None, defaults=None):
     """Parse --name=value for every dataclass field in `flags` {name: field}.
 
     Returns ({name: value} of the flags that were typed, [positional arguments]). Booleans take
     --flag, --flag=True, --flag=False and --no-flag. `positional` is the help text of the positional
-    arguments, None if there are none. Raises UsageError for an unknown flag or a wrong value.
+    arguments, None if there are none; `defaults` {name: value} are shown by --help in place of the
+    fields' own. Raises UsageError for an unknown flag or a wrong value.
     """
     parser = Parser(usage="%(prog)s [--flag=value ...]", description=description,
                     allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, f in flags.items():
-        add_flag(parser, name, f)
+        add_flag(parser, name, f, (defaults or {}).get(name, f.default))
     if positional:
         parser.add_argument("arguments", nargs="*", help=positional)
     known, unknown = parser.parse_known_args(argv)
@@ -77,11 +80,11 @@ def parse_flags(description, flags, positional=None, argv=None):
     return typed, arguments
 
 
-def add_flag(parser, name, f):
+def add_flag(parser, name, f, default):
     kind = kind_of(f)
     text = f.metadata["help"]
-    if f.default is not None:
-        text += f" [{f.default}]"
+    if default is not None:
+        text += f" [{default}]"
     options = {"default": argparse.SUPPRESS, "metavar": kind.__name__, "type": kind,
                "help": text.replace("%", "%%")}
     if kind is bool:
@@ -91,6 +94,23 @@ def add_flag(parser, name, f):
     elif "if_bare" in f.metadata:
         options.update(nargs="?", const=f.metadata["if_bare"])
     parser.add_argument(f"--{name}", **options)
+
+
+def flags_in_source(path, name):
+    """{name: field} of the dataclass `name` in a Python file, from its text: to import the file may
+    take seconds. Its fields must be made by `flag` from literals."""
+    with open(path, encoding="utf-8") as f:
+        tree = ast.parse(f.read())
+    flags = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign):
+                    default, text = map(ast.literal_eval, line.value.args)
+                    kind = ast.unparse(line.annotation).split()[0]
+                    flags[line.target.id] = flag(default, text)
+                    flags[line.target.id].type = getattr(builtins, kind)
+    return flags
 
 
 def kind_of(f):

@@ -1,6 +1,6 @@
 """
-Text to tokens. Each data set is a short function below; add one to DATASETS and train.py knows its
-name too.
+Text to tokens. Each data set is a short function below; add one to DATASETS and
+train.py knows its name too.
 
     python data/prepare.py stdlib               # Python's source, characters
     python data/prepare.py shakespeare_char     # nanoGPT's text, by characters
@@ -214,6 +214,8 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     renamed when it is complete.
     """
     check_folder(folder)
+    if tokenizer == "gpt2":
+        GPT2Tokenizer().encode("")               # fails now if its files cannot be downloaded
     name = os.path.basename(folder)
     total = sum(map(os.path.getsize, files))
     seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total)
@@ -393,7 +395,7 @@ def prepare_own(paths, typed):
         raise UsageError("give your data a name: --name=NAME")
     if typed["name"] in DATASETS:
         raise UsageError(f"--name={typed['name']} is the name of a data set: choose another")
-    own(f"{DATA}/{typed.pop('name')}", paths, **typed)
+    own(os.path.join(DATA, typed.pop("name")), paths, **typed)
 
 
 if __name__ == "__main__":

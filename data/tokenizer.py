@@ -155,6 +155,6 @@ def gpt2_bpe():
         files = [f"{BPE_URL}{name} as {hashlib.sha1((BPE_URL + name).encode()).hexdigest()}"
                  for name in ("vocab.bpe", "encoder.json")]
         raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded "
-                              f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR to "
-                              "a folder with two files: "
+                              f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR "
+                              "to a folder with two files: "
                               + "; ".join(files)) from None
