@@ -149,9 +149,6 @@ def parse_command_line():
                "has no effect without --decay_lr")
     if not typed.get("eval_only"):
         refuse(typed, ["eval_stride"], "has no effect without --eval_only")
-    elif typed.get("init_from", "scratch") == "scratch":
-        raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
-                         f"folder or one of {', '.join(SIZES)}")
     else:
         refuse(typed, ["benchmark"], "times training steps, --eval_only makes none: leave one out")
     if not is_distributed():
@@ -190,6 +187,9 @@ def resolve(typed):
     recipe = FINETUNE
     if source == "scratch":
         recipe = SCRATCH
+        if asked.eval_only:
+            raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
+                             f"folder or one of {', '.join(SIZES)}")
     elif source == "resume":
         recipe = {}
         checkpoint = Checkpoint(asked.out_dir)
