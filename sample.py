@@ -39,7 +39,7 @@ class Sampling:
                           + ", or a folder with a checkpoint")
     out_dir: str = flag("out", "folder of the model that resume reads")
     start: str = flag(None, "prompt; FILE:name reads it from a file; <|endoftext|> starts a new "
-                      "document [a line break]", if_bare="")
+                      "document [a line break, if the model knows it]", if_bare="")
     num_samples: int = flag(1, "samples; a single one is printed while it is written", at_least=1,
                             below=2**31)
     max_new_tokens: int = flag(500, "tokens of each sample", at_least=1, below=2**31)
@@ -121,13 +121,14 @@ def load(options, overrides):
 
 
 def read_prompt(start):
-    """The text of the prompt: `start`, the file that it names, or what is piped in."""
+    """The text of the prompt: `start`, the file that it names, or what is piped in; None or empty
+    if there is none."""
     if start is None and is_piped():
         start = sys.stdin.read()
     elif start and start.startswith("FILE:"):
         with open_text(start[5:]) as f:
             start = f.read()
-    return replace_surrogates(start or "\n")
+    return start and replace_surrogates(start)
 
 
 def is_piped():
@@ -207,7 +208,7 @@ def write():
         stop_token = tokenizer.end_of_text
         if stop_token is None:
             raise UsageError("--stop_at_eot has no effect: this model has no end-of-text token")
-    prompt = encode_prompt(tokenizer, read_prompt(options.start))
+    prompt = encode_prompt(tokenizer, read_prompt(options.start) or tokenizer.default_prompt())
     stream = model.stream(
         prompt.repeat(options.num_samples, 1).to(device), options.max_new_tokens,
         options.temperature, top_k=options.top_k or None,

@@ -105,6 +105,9 @@ SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
+# The flags that have an effect on --eval_only
+EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only", "eval_stride",
+              "fsdp", "backend", "device", "dtype", "compile"}
 OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a number, and multiply "
                  "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, "
                  "or --fsdp under torchrun")
@@ -147,10 +150,10 @@ def parse_command_line():
     if not typed.get("decay_lr", True):
         refuse(typed, ("warmup_iters", "lr_decay_iters", "min_lr"),
                "has no effect without --decay_lr")
-    if not typed.get("eval_only"):
-        refuse(typed, ["eval_stride"], "has no effect without --eval_only")
+    if typed.get("eval_only"):
+        refuse(typed, RUN.keys() - EVALUATION, "has no effect with --eval_only")
     else:
-        refuse(typed, ["benchmark"], "times training steps, --eval_only makes none: leave one out")
+        refuse(typed, ["eval_stride"], "has no effect without --eval_only")
     if not is_distributed():
         refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
@@ -200,7 +203,8 @@ def resolve(typed):
     settings = {**recipe, **saved, **typed, "init_from": source}
     run = Run(**{name: value for name, value in settings.items() if name in RUN})
     shape = {name: value for name, value in settings.items() if name in SHAPE}
-    check_accumulation(run)
+    if not run.eval_only:
+        check_accumulation(run)
     return run, shape, checkpoint
 
 
@@ -791,7 +795,7 @@ def draw(path, curves, axes, low, high):
     svg = SVG.format(height=428 + 18 * len(curves), x_axis=axes[0], y_axis=axes[1],
                      content="\n".join(content))
     with atomic_write(path) as f:
-        f.write(svg.encode())
+        f.write(svg.encode("utf-8", "replace"))
 
 
 def circle(x, y, color):
@@ -1362,6 +1366,7 @@ def run_training(trainer, tokenizer, content):
     state = trainer.state
     if is_main():
         make_out_dir(run.out_dir)
+        trainer.lock = lock(run.out_dir)
         kept = set_aside(run.out_dir) if trainer.saved_step is None else None
         if kept:
             announce("moved", f"the run that was in {run.out_dir} to {kept}")
@@ -1397,6 +1402,24 @@ def make_out_dir(out_dir):
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir} cannot be used ({error}): choose another") from None
+
+
+def lock(out_dir):
+    """Keep other runs out of out_dir as long as the returned file is open: until this process ends,
+    however it ends."""
+    try:
+        import fcntl
+    except ImportError:                                          # Windows
+        return None
+    f = open(f"{out_dir}/.lock", "w")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out_dir}: wait until it ends, or choose "
+                        "another --out_dir") from None
+    except OSError:                                              # a disk without locks
+        pass
+    return f
 
 
 def out_dir_flag(run):

@@ -246,7 +246,7 @@ class Progress:
         if size and not self.finished:
             line += f"  {done / size:4.0%}  {(size - done) / rate:,.0f} s left"
         end = "\r" if terminal and not self.finished else "\n"
-        print(line.ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
+        print(line[:79].ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
 
     def number(self, count):
         return f"{count / self.scale:,.1f}"

@@ -5,6 +5,7 @@ checked against a hash, and complete once they are under their name.
 import hashlib
 import os
 import re
+import sys
 from urllib.parse import urlsplit
 
 import requests
@@ -72,9 +73,12 @@ def download(url, path, sha256=None, token=None, show=None):
                               + connection_advice(problem, path, part)) from None
     expected = sha256 or announced
     if expected is None:
-        print(f"{os.path.basename(path)}: the server announces no hash; only the size was checked")
+        print(f"{os.path.basename(path)}: the server announces no hash; only the size was checked",
+              file=sys.stderr)
     got = bytes_in(part)
-    if size not in (None, got) or expected not in (None, file_hash(part, expected)):
+    wrong_size = size is not None and size != got
+    wrong_hash = expected is not None and expected != file_hash(part, expected)
+    if wrong_size or wrong_hash:
         os.remove(part)
         raise ConnectionError(f"{url}: the {got:,} bytes that came are not the file that was "
                               f"announced ({size or got:,} bytes, hash {expected}). They were "

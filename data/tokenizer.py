@@ -59,6 +59,9 @@ class GPT2Tokenizer(Tokenizer):
         lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(self.end_of_text)]
         return np.array([*lengths, 0])
 
+    def default_prompt(self):
+        return "\n"
+
     def to_json(self):
         return {"tokenizer": "gpt2"}
 
@@ -103,6 +106,9 @@ class CharTokenizer(Tokenizer):
     def byte_lengths(self):
         """The number of bytes of text for each id; the token between documents is no text."""
         return np.array([*(len(c.encode()) for c in self.characters), 0])
+
+    def default_prompt(self):
+        return "\n" if "\n" in self.characters else self.characters[0]
 
     def to_json(self):
         return {"tokenizer": "char", "characters": self.characters, "end_of_text": self.end_of_text}
