@@ -54,11 +54,17 @@ def stdlib(folder, source=None):
 
 
 def walk(root, skipped=()):
-    """The paths of all files below `root`, in order, without hidden ones and `skipped` folders."""
-    for where, folders, files in os.walk(root):
+    """The paths of all files below `root`, in order, without hidden ones and `skipped` folders.
+    Links to folders are followed, each folder once."""
+    visited = set()
+    for where, folders, files in os.walk(root, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != "." and name not in skipped)
+        if os.path.realpath(where) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(where))
         for name in sorted(files):
-            if name[0] != ".":
+            if name[0] != "." and os.path.isfile(f"{where}/{name}"):     # no FIFO, no device
                 yield f"{where}/{name}"
 
 
@@ -107,10 +113,12 @@ def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
     text in its `field`)."""
     files = []
     for path in paths:
-        if not os.path.exists(path):
+        if not os.path.isfile(path) and not os.path.isdir(path):
             raise FileNotFoundError(f"{path!r} is not a file, a folder or a data set "
                                     f"({', '.join(DATASETS)})")
         files += walk(path) if os.path.isdir(path) else [path]
+    if field != "text" and not any(path.removesuffix(".gz").endswith(".jsonl") for path in files):
+        raise UsageError(f"--field={field} has no effect: there is no .jsonl file")
     texts = [path for path in files if not is_binary(path)]
     left_out = [path for path in files if path not in set(texts)]
     if left_out:
@@ -163,15 +171,16 @@ def is_binary(path):
 def read_pieces(f):
     """A file's text in pieces of about PORTION characters. A piece ends before white space that
     follows something else: GPT-2's tokenizer cuts there anyway, so the tokens are the same."""
-    rest = ""
+    parts = []
     while more := f.read(PORTION):
-        rest += more
-        cut = CUT.match(rest)
+        cut = CUT.match(more)
         if cut:
-            yield rest[:cut.end()]
-            rest = rest[cut.end():]
-    if rest:
-        yield rest
+            yield "".join([*parts, cut[0]])
+            parts = [more[cut.end():]]
+        else:
+            parts.append(more)
+    if any(parts):
+        yield "".join(parts)
 
 
 def json_lines(path, f, field):
@@ -217,6 +226,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     if tokenizer == "gpt2":
         GPT2Tokenizer().encode("")               # fails now if its files cannot be downloaded
     name = os.path.basename(folder)
+    folder = os.path.realpath(folder)            # a link may lead to another disk
     total = sum(map(os.path.getsize, files))
     seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total)
     if not seen.any():
@@ -227,7 +237,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     else:
         tokenizer = GPT2Tokenizer()
     pieces = assign_splits(read_all(files, read), sizes, val_frac)
-    part = folder.rstrip("/\\") + ".part"
+    part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
     tokens = {"train": 0, "val": 0}
