@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
 from data.cli import UsageError, UserError, flag, parse_flags, refuse, run_main, usage_errors
 from data.prepare import open_text
 from data.tokenizer import load_tokenizer, replace_surrogates

@@ -26,6 +26,7 @@ import time
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import timedelta
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
 from data import DATA
 from data.cli import (
     Progress,
@@ -106,8 +107,8 @@ FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
 # The flags that have an effect on --eval_only
-EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only", "eval_stride",
-              "fsdp", "backend", "device", "dtype", "compile"}
+EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only",
+              "eval_stride", "fsdp", "backend", "device", "dtype", "compile"}
 OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a number, and multiply "
                  "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, "
                  "or --fsdp under torchrun")
