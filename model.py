@@ -291,7 +291,7 @@ class AttentionHead(nn.Module):
             return attend_in_groups(self.attend, q, k, v, mask)
         if self.flash:
             return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal,
-                                                  enable_gqa=grouped)
+                                                  enable_gqa=causal and grouped)
         return scaled_dot_product_attention(q, k, v, mask, dropout_p)
 
 
@@ -712,7 +712,8 @@ def attend_in_groups(attend, q, k, v, mask=None):
 
 
 def attend_in_window(attend, q, k, v, window):
-    """attend(q, k, v, visible(torch.arange(S)[-T:], torch.arange(S), window)), where S > window.
+    """attend(q, k, v, visible(torch.arange(S)[-T:], torch.arange(S), window)), where S > window and
+    at most `window` keys are older than the first query.
 
     Time and memory grow with T · W instead of T · S. The queries are cut, from the end, into blocks
     of W. A block sees only its own W keys and the W before them, through one mask for all blocks.

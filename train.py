@@ -375,10 +375,23 @@ def report(message):
     if not first:
         time.sleep(2)
     if store is not None:
-        with contextlib.suppress(RuntimeError):                  # the store ended with process 0
-            first = store.add("errors", 1) == 1
+        with contextlib.suppress(RuntimeError, OSError), stderr_dropped():
+            first = store.add("errors", 1) == 1                  # fails if it ended with process 0
     if first:
         print_error(message)
+
+
+@contextlib.contextmanager
+def stderr_dropped():
+    """Drop what is written to stderr, by C++ code too."""
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def say(*words):
@@ -455,7 +468,9 @@ class Checkpoint:
             self.settings = {**saved["run"], **asdict(config)}
             self.data = dict(saved["data"])
             self.scaler = dict(saved["scaler"])
-            self.optimizers = [(str(name), list(keys)) for name, keys in saved["optimizers"]]
+            # Of each its name and {parameter: what it keeps for it}
+            self.optimizers = [(str(name), {p: list(keys) for p, keys in kept.items()})
+                               for name, kept in saved["optimizers"]]
             with torch.device("meta"):
                 expected = dict(GPT2(config).named_parameters())
             for name, p in expected.items():
@@ -484,12 +499,12 @@ class Checkpoint:
                             f"uses {', '.join(names)}")
         by_parameter = {p: name for name, p in parameters.items()}
         rest = dict(self.tensors)
-        for i, (optimizer, (_, keys)) in enumerate(zip(optimizers, self.optimizers, strict=True)):
+        for i, (optimizer, (_, saved)) in enumerate(zip(optimizers, self.optimizers, strict=True)):
             state = {}
             for group in optimizer.param_groups:
                 for p in group["params"]:
                     state[len(state)] = kept = {}
-                    for key in keys:
+                    for key in saved.get(by_parameter[p], ()):
                         name = entry(i, key, by_parameter[p])
                         if name not in rest:
                             raise UserError(self.damaged(f"it lacks {name!r}"))
@@ -531,15 +546,15 @@ def save_state(trainer, tokenizer, content):
     tensors = dict(trainer.parameters)
     optimizers = []
     for i, optimizer in enumerate(trainer.optimizers):
-        keys = []
+        kept = {}
         for name, p in trainer.parameters.items():
             for key, value in sorted(optimizer.state.get(p, {}).items()):
                 if not isinstance(value, torch.Tensor):
                     raise TypeError(f"the optimizer keeps {key}={value!r} for {name}; only tensors "
                                     "can be saved")
                 tensors[entry(i, key, name)] = value
-                keys.append(key)
-        optimizers.append((type(optimizer).__name__, sorted(set(keys))))
+                kept.setdefault(name, []).append(key)
+        optimizers.append((type(optimizer).__name__, kept))
     whole = map(gathered, tensors.values())
     if not is_main():
         return exhaust(whole)
