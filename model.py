@@ -232,7 +232,7 @@ class KVCache:
         T = new.size(-2)
         start = self.seen
         end = start + T
-        # With gradients nothing is overwritten: backward may need what an earlier chunk returned.
+        # With gradients a chunk overwrites nothing: backward may need what an earlier one returned.
         fits = end <= self.size and not new.requires_grad
         if T <= 1 or fits:
             at = start % self.size                               # replaces what left the window
@@ -851,7 +851,7 @@ FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_e
 
 def config_to_json(config):
     """The content of Hugging Face's config.json. A model that is not plain GPT-2 gets another
-    model_type, so that a reader which knows only GPT-2 refuses it instead of misreading it."""
+    model_type, so that transformers' Auto classes refuse it instead of misreading it."""
     end_of_text = 50256 if config.vocab_size > 50256 else None
     saved = {
         "model_type": "gpt2-variant" if config.changes else "gpt2",

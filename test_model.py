@@ -3051,7 +3051,7 @@ DAMAGES = {
     "unknown moment": (lambda path: rewrite(path, lambda t, s: t.update({
         "optimizer.0.x.y": torch.ones(1)})), "unknown 'optimizer.0.x.y'"),
     "no weight": (lambda path: rewrite(path, lambda t, s: t.pop("transformer.wte.weight")),
-                  "no transformer.wte.weight"),
+                  "lacks 'transformer.wte.weight'"),
     "wrong shape": (lambda path: rewrite(path, lambda t, s: t.update({
         "transformer.ln_f.bias": torch.ones(7)})), "no transformer.ln_f.bias of shape (32,)"),
     "negative": (lambda path: rewrite(path, lambda t, s: s["state"].update(samples=-5)),

@@ -375,23 +375,10 @@ def report(message):
     if not first:
         time.sleep(2)
     if store is not None:
-        with contextlib.suppress(RuntimeError, OSError), stderr_dropped():
-            first = store.add("errors", 1) == 1                  # fails if it ended with process 0
+        with contextlib.suppress(RuntimeError):                  # it ended with process 0
+            first = store.add("errors", 1) == 1
     if first:
         print_error(message)
-
-
-@contextlib.contextmanager
-def stderr_dropped():
-    """Drop what is written to stderr, by C++ code too."""
-    kept = os.dup(2)
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def say(*words):
@@ -468,13 +455,16 @@ class Checkpoint:
             self.settings = {**saved["run"], **asdict(config)}
             self.data = dict(saved["data"])
             self.scaler = dict(saved["scaler"])
-            # Of each its name and {parameter: what it keeps for it}
-            self.optimizers = [(str(name), {p: list(keys) for p, keys in kept.items()})
-                               for name, kept in saved["optimizers"]]
+            self.optimizers = list(map(str, saved["optimizers"]))
+            names = set(saved["tensors"])
+            for name in sorted(names - self.tensors.keys()):
+                raise ValueError(f"it lacks {name!r}")
+            for name in sorted(self.tensors.keys() - names):
+                raise ValueError(f"it holds an unknown {name!r}")
             with torch.device("meta"):
                 expected = dict(GPT2(config).named_parameters())
             for name, p in expected.items():
-                if name not in self.tensors or self.tensors[name].shape != p.shape:
+                if self.tensors[name].shape != p.shape:
                     raise ValueError(f"it has no {name} of shape {tuple(p.shape)}")
             self.weights = {name: self.tensors.pop(name) for name in expected}
         except (UserError, ValueError, TypeError, KeyError, AttributeError,
@@ -493,26 +483,19 @@ class Checkpoint:
     def restore(self, optimizers, parameters):
         """Load the state of the optimizers, or this process's shards of it."""
         names = [type(optimizer).__name__ for optimizer in optimizers]
-        saved_names = [name for name, _ in self.optimizers]
-        if names != saved_names:
-            raise UserError(f"{self.path} holds the state of {', '.join(saved_names)}; this run "
-                            f"uses {', '.join(names)}")
-        by_parameter = {p: name for name, p in parameters.items()}
-        rest = dict(self.tensors)
-        for i, (optimizer, (_, saved)) in enumerate(zip(optimizers, self.optimizers, strict=True)):
-            state = {}
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    state[len(state)] = kept = {}
-                    for key in saved.get(by_parameter[p], ()):
-                        name = entry(i, key, by_parameter[p])
-                        if name not in rest:
-                            raise UserError(self.damaged(f"it lacks {name!r}"))
-                        kept[key] = placed(rest.pop(name), p)
+        if names != self.optimizers:
+            raise UserError(f"{self.path} holds the state of {', '.join(self.optimizers)}; this "
+                            f"run uses {', '.join(names)}")
+        state = {}
+        for name, value in self.tensors.items():
+            _, i, key, parameter = name.split(".", 3)
+            p = parameters[parameter]
+            state.setdefault((int(i), p), {})[key] = placed(value, p)
+        for i, optimizer in enumerate(optimizers):
             groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": groups})
-        if rest:
-            raise UserError(self.damaged(f"it holds an unknown {min(rest)!r}"))
+            ordered = [p for group in optimizer.param_groups for p in group["params"]]
+            by_number = {n: state.get((i, p), {}) for n, p in enumerate(ordered)}
+            optimizer.load_state_dict({"state": by_number, "param_groups": groups})
 
 
 def check_saved_flag(name, value):
@@ -523,11 +506,6 @@ def check_saved_flag(name, value):
     if default is not None and type(value) is not type(default):
         raise TypeError(f"{name}={value!r:.50} is not of type {type(default).__name__}")
     check_limits(name, value, RUN[name].metadata)
-
-
-def entry(i, key, parameter):
-    """The name in the file of what optimizer number i keeps under `key` for a parameter."""
-    return f"optimizer.{i}.{key}.{parameter}"
 
 
 def placed(value, p):
@@ -544,24 +522,21 @@ def save_state(trainer, tokenizer, content):
     whole tensor at a time. content: the fingerprints of the data."""
     run = trainer.run
     tensors = dict(trainer.parameters)
-    optimizers = []
     for i, optimizer in enumerate(trainer.optimizers):
-        kept = {}
         for name, p in trainer.parameters.items():
             for key, value in sorted(optimizer.state.get(p, {}).items()):
                 if not isinstance(value, torch.Tensor):
                     raise TypeError(f"the optimizer keeps {key}={value!r} for {name}; only tensors "
                                     "can be saved")
-                tensors[entry(i, key, name)] = value
-                kept.setdefault(name, []).append(key)
-        optimizers.append((type(optimizer).__name__, kept))
+                tensors[f"optimizer.{i}.{key}.{name}"] = value
     whole = map(gathered, tensors.values())
     if not is_main():
         return exhaust(whole)
     settings = {name: value for name, value in asdict(run).items()
                 if "runtime" not in RUN[name].metadata}
     saved = {"state": asdict(trainer.state), "run": settings, "config": asdict(trainer.config),
-             "tokenizer": tokenizer.to_json(), "data": content, "optimizers": optimizers,
+             "tokenizer": tokenizer.to_json(), "data": content, "tensors": list(tensors),
+             "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
              "scaler": trainer.scaler.state_dict()}
     path = f"{run.out_dir}/{STATE}"
     entries = {name: (t.dtype, t.shape) for name, t in tensors.items()}

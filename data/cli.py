@@ -249,4 +249,5 @@ class Progress:
         print(line[:79].ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
 
     def number(self, count):
-        return f"{count / self.scale:,.1f}"
+        digits = 1 if self.scale > 1 else 0
+        return f"{count / self.scale:,.{digits}f}"

@@ -296,8 +296,9 @@ def assign_splits(pieces, sizes, val_frac):
         yield from split_at(pieces, cut)
         return
     for piece in pieces:
-        chosen = "val" if name_hash(piece.document) < val_frac else "train"
-        yield replace(piece, split=piece.split or chosen)
+        if piece.split is None:
+            piece.split = "val" if name_hash(piece.document) < val_frac else "train"
+        yield piece
 
 
 def split_at(pieces, cut):
