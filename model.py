@@ -945,8 +945,8 @@ def weights_from_file(config, tensors):
     if unknown:
         raise ValueError(f"holds an unknown {unknown[0]!r:.80} ({len(unknown)} unknown)")
     wte = found["wte.weight"]
-    head = found.get("lm_head.weight", wte)
-    if head.dtype != wte.dtype or not torch.equal(head, wte):
+    head = found.get("lm_head.weight")
+    if head is not None and (head.dtype != wte.dtype or not torch.equal(head, wte)):
         raise ValueError("lm_head.weight differs from wte.weight; in GPT-2 they are the same")
     weights = {}
     for name, shape in wanted.items():

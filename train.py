@@ -117,6 +117,9 @@ if __name__ == "__main__" and "--help" in sys.argv:              # before torch:
     SHAPE = flags_in_source(__file__.replace("train.py", "model.py"), "GPT2Config")
     run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults=SCRATCH), OUT_OF_MEMORY)
 
+# Else torch's C++ logs stack traces where a process ends while others still talk to it.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -375,7 +378,7 @@ def report(message):
     if not first:
         time.sleep(2)
     if store is not None:
-        with contextlib.suppress(RuntimeError):                  # it ended with process 0
+        with contextlib.suppress(RuntimeError, OSError):         # it ended with process 0
             first = store.add("errors", 1) == 1
     if first:
         print_error(message)
