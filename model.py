@@ -59,9 +59,9 @@ SWITCHES = {"rope": "rope_theta", "gqa": "n_kv_head", "sliding_window": "window_
 class GPT2Config:
     """The shape of the model. The defaults are GPT-2 124M.
 
-    A field marked `in_gpt2` is one that plain GPT-2 has too. A checkpoint in which any other field
-    differs from its default is never saved as GPT-2. Raises ValueError for values that are out of
-    range or contradict each other.
+    With any value of a field marked `in_gpt2` the model is still a GPT-2. A checkpoint in which
+    any other field differs from its default is never saved as one. Raises ValueError for values
+    that are out of range or contradict each other.
     """
     block_size: int = flag(1024, "context length in tokens", in_gpt2=True)
     vocab_size: int = flag(50257, "size of the vocabulary [that of the data]", in_gpt2=True)
@@ -127,7 +127,7 @@ class GPT2Config:
         return self.rope and self.sliding_window
 
     @property
-    def changes(self):
+    def beyond_gpt2(self):
         """{name: value} of every field in which this model differs from plain GPT-2."""
         return {f.name: getattr(self, f.name) for f in fields(self)
                 if "in_gpt2" not in f.metadata and getattr(self, f.name) != f.default}
@@ -337,7 +337,7 @@ class MultiHeadAttention(nn.Module):
 
 class PointwiseFeedForward(nn.Module):
     """The same two-layer network at every position. GELU is GPT-2's tanh approximation (Hendrycks &
-    Gimpel 2016, arXiv 1606.08415, section 2): the exact one puts OpenAI's logits off by 3e-3."""
+    Gimpel 2016, arXiv 1606.08415, section 2); with the exact one OpenAI's logits change by 3e-3."""
 
     def __init__(self, config):
         super().__init__()
@@ -854,8 +854,8 @@ def config_to_json(config):
     model_type, so that transformers' Auto classes refuse it instead of misreading it."""
     end_of_text = 50256 if config.vocab_size > 50256 else None
     saved = {
-        "model_type": "gpt2-variant" if config.changes else "gpt2",
-        "architectures": ["GPT2" if config.changes else "GPT2LMHeadModel"],
+        "model_type": "gpt2-variant" if config.beyond_gpt2 else "gpt2",
+        "architectures": ["GPT2" if config.beyond_gpt2 else "GPT2LMHeadModel"],
         **{name: allowed[0] for name, allowed in FIXED.items()},
         "n_positions": config.block_size, "n_ctx": config.block_size,
         "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
@@ -1000,14 +1000,20 @@ def convert(saved, weights, overrides):
     return config, weights, changes
 
 
+SHAPE_FIELDS = {f.name for f in fields(GPT2Config)}
+# What `convert` can change; it refuses any other field.
+CONVERTIBLE = {"block_size", "dropout", "flash", "rope", "rope_theta", "gqa", "n_kv_head",
+               "sliding_window", "window_size"}
+
+
 def check_overrides(saved, overrides):
     """Raise ValueError for an override that the weights of a model with config `saved` rule out."""
-    fixed = ["n_layer", "n_head", "n_embd", "vocab_size", "bias"]
+    fixed = SHAPE_FIELDS - CONVERTIBLE
     if saved.rope:
-        fixed.append("rope_theta")
-    for name in fixed:
+        fixed = fixed | {"rope_theta"}
+    for name in sorted(fixed & overrides.keys()):
         value = getattr(saved, name)
-        if overrides.get(name, value) != value:
+        if overrides[name] != value:
             raise ValueError(f"{name}={overrides[name]} contradicts the checkpoint, which has "
                              f"{name}={value}")
     for name in ("rope", "gqa"):

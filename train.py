@@ -49,8 +49,8 @@ from data.prepare import DATASETS
 
 @dataclass
 class Run:
-    """runtime: belongs to the machine and the moment, so a resumed run does not take it from the
-    checkpoint."""
+    """The flags of train.py. A field marked `runtime` belongs to the machine and the moment: it is
+    never taken from a checkpoint."""
     init_from: str = flag(
         "scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a checkpoint", runtime=True)
@@ -87,7 +87,7 @@ class Run:
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl", at_least=1)
     fsdp: bool = flag(
         False, "shard weights, gradients and optimizer over torchrun's processes", runtime=True)
-    backend: str = flag(None, "of torch.distributed [nccl on GPUs, else gloo]", runtime=True)
+    backend: str = flag(None, "torch.distributed backend [nccl on GPUs, else gloo]", runtime=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", runtime=True)
     dtype: str = flag("auto", "auto, float32, bfloat16, float16", runtime=True,
                       choices=("auto", "float32", "bfloat16", "float16"))
@@ -155,9 +155,12 @@ def parse_command_line():
         refuse(typed, ("warmup_iters", "lr_decay_iters", "min_lr"),
                "has no effect without --decay_lr")
     if typed.get("eval_only"):
-        refuse(typed, RUN.keys() - EVALUATION, "has no effect with --eval_only")
+        refuse(typed, {*RUN, "dropout"} - EVALUATION, "has no effect with --eval_only")
     else:
         refuse(typed, ["eval_stride"], "has no effect without --eval_only")
+    if typed.get("benchmark"):
+        refuse(typed, ("eval_interval", "eval_iters", "log_interval", "always_save_checkpoint",
+                       "max_iters", "tensorboard", "wandb"), "has no effect with --benchmark")
     if not is_distributed():
         refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
@@ -173,7 +176,7 @@ def parse_command_line():
 
 
 def resolve(typed):
-    """Settle every flag: defaults < recipe < checkpoint < typed.
+    """Resolve every flag: defaults < recipe < checkpoint < typed.
 
     Returns (Run, {field of GPT2Config: value}, the Checkpoint to resume from or None).
     """
@@ -181,8 +184,10 @@ def resolve(typed):
     source = asked.init_from
     if source in ("resume", "auto"):
         found = os.path.exists(f"{asked.out_dir}/{STATE}")
-        check_same(f"checkpoint in {asked.out_dir}, which all machines must share", found)
-        if source == "resume" and not found:
+        check_same(f"checkpoint found in {asked.out_dir} (put it on a disk that all machines "
+                   "share)", found)
+        old = os.path.exists(f"{asked.out_dir}/training_state.pt")
+        if not found and (old or source == "resume"):
             raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
                             + advice_on_old_layout(asked.out_dir))
         source = "resume" if found else "scratch"
@@ -200,8 +205,8 @@ def resolve(typed):
     elif source == "resume":
         recipe = {}
         checkpoint = Checkpoint(asked.out_dir)
-        check_same(f"step of the checkpoint in {asked.out_dir}, which all machines must "
-                             "share", checkpoint.state.step)
+        check_same(f"step of the checkpoint in {asked.out_dir} (put it on a disk that all "
+                   "machines share)", checkpoint.state.step)
         saved = checkpoint.settings
         check_contradictions(typed, saved, asked.out_dir)
     settings = {**recipe, **saved, **typed, "init_from": source}
@@ -273,6 +278,19 @@ def choose_process_device(name):
     return choose_device(name)
 
 
+def open_store():
+    """Open the key-value store that all processes share; `report` uses it from now on."""
+    if not is_distributed():
+        return
+    # After a restart by torchrun the store still has the addresses of the dead processes (pytorch
+    # issue 135712): each attempt uses its own prefix. Several machines may count differently.
+    attempt = ""
+    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+    global store
+    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
+
+
 def join(device, backend):
     """Connect the processes: small messages over gloo, tensors over `backend`."""
     if not is_distributed():
@@ -284,13 +302,6 @@ def join(device, backend):
                          f"{' or '.join(known)}")
     if device.type == "cuda":
         backend = f"cpu:gloo,cuda:{backend}"
-    # After a restart by torchrun the store still has the addresses of the dead processes (pytorch
-    # issue 135712): each attempt uses its own prefix. Several machines may count differently.
-    attempt = ""
-    if os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]:
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
-    global store
-    store = dist.PrefixStore(attempt, next(dist.rendezvous("env://"))[0])
     dist.init_process_group(backend, timeout=timedelta(hours=1), store=store, rank=rank(),
                             world_size=world_size())
     gather(None)                        # an exit now would break connections that others still open
@@ -306,8 +317,8 @@ def gather(value):
 
 
 def main_first(work):
-    """Call work() in the main process, then in the first process of each machine, which finds it
-    done if the machines share a disk. All wait."""
+    """Call work() in the main process, then in the first process of each machine, which finds the
+    work done if the machines share a disk. Every process waits."""
     if is_main():
         work()
     gather(None)
@@ -367,7 +378,7 @@ def set_sync(net, last):
         net.set_requires_gradient_sync(last)
 
 
-store = None                                     # set by `join`
+store = None                                     # set by `open_store`
 
 
 def report(message):
@@ -379,7 +390,8 @@ def report(message):
         time.sleep(2)
     if store is not None:
         with contextlib.suppress(RuntimeError, OSError):         # it ended with process 0
-            first = store.add("errors", 1) == 1
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
+            first = store.add(f"errors {restarts}", 1) == 1
     if first:
         print_error(message)
 
@@ -447,41 +459,55 @@ class Checkpoint:
 
     def __init__(self, out_dir):
         self.path = f"{out_dir}/{STATE}"
+        self.out_dir = out_dir
         try:
             self.tensors, metadata = read_safetensors(self.path)
             saved = json.loads(metadata["training_state"])
+            names = set(saved["tensors"])
+            for name in sorted(names ^ self.tensors.keys()):
+                word = "lacks" if name in names else "holds an unknown"
+                raise ValueError(f"it {word} {name!r}")
             self.state = State(**saved["state"])
             self.tokenizer = tokenizer_from_json(saved["tokenizer"])
-            config = GPT2Config(**saved["config"])
-            for name, value in saved["run"].items():
-                check_saved_flag(name, value)
-            self.settings = {**saved["run"], **asdict(config)}
             self.data = dict(saved["data"])
             self.scaler = dict(saved["scaler"])
             self.optimizers = list(map(str, saved["optimizers"]))
-            names = set(saved["tensors"])
-            for name in sorted(names - self.tensors.keys()):
-                raise ValueError(f"it lacks {name!r}")
-            for name in sorted(self.tensors.keys() - names):
-                raise ValueError(f"it holds an unknown {name!r}")
-            with torch.device("meta"):
-                expected = dict(GPT2(config).named_parameters())
-            for name, p in expected.items():
-                if self.tensors[name].shape != p.shape:
-                    raise ValueError(f"it has no {name} of shape {tuple(p.shape)}")
-            self.weights = {name: self.tensors.pop(name) for name in expected}
-        except (UserError, ValueError, TypeError, KeyError, AttributeError,
-                RecursionError) as error:
+            run = dict(saved["run"])
+            shape = dict(saved["config"])
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise UserError(self.damaged(error)) from None
+        self.check_version(run, shape)
+        try:
+            for name, value in run.items():
+                check_saved_flag(name, value)
+            config = GPT2Config(**shape)
+            self.settings = {**run, **asdict(config)}
+            with torch.device("meta"):
+                parameters = dict(GPT2(config).named_parameters())
+            for name, p in parameters.items():
+                if name not in self.tensors or self.tensors[name].shape != p.shape:
+                    raise ValueError(f"it has no {name} of shape {tuple(p.shape)}")
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(self.damaged(error)) from None
+        self.weights = {name: self.tensors.pop(name) for name in parameters}
 
     def damaged(self, error):
         """The text of an error in the file, with safe advice."""
         text = f"{error}" if self.path in str(error) else f"{self.path} is damaged ({error!r:.200})"
-        previous = os.path.join(os.path.dirname(self.path), PREVIOUS)
-        if os.path.exists(previous):
+        previous = f"{self.out_dir}/{PREVIOUS}"
+        if os.path.exists(previous) and not os.path.samefile(previous, self.path):
             text += (f". The state before it is {previous}: rename it to {STATE} to resume from "
                      "there")
         return text
+
+    def check_version(self, run, shape):
+        """Raise UserError if the saved flags are not those of this version of the code."""
+        flags_now = {name for name, f in RUN.items() if "runtime" not in f.metadata}
+        for name in sorted((flags_now ^ run.keys()) | (SHAPE.keys() ^ shape.keys())):
+            word = "has" if name in run or name in shape else "lacks"
+            raise UserError(f"{self.path} was written by another version of the code: it {word} "
+                            f"{name!r:.80}. Resume with that version, or start another run from "
+                            f"its weights with --init_from={self.out_dir} --out_dir=...")
 
     def restore(self, optimizers, parameters):
         """Load the state of the optimizers, or this process's shards of it."""
@@ -495,10 +521,14 @@ class Checkpoint:
             p = parameters[parameter]
             state.setdefault((int(i), p), {})[key] = placed(value, p)
         for i, optimizer in enumerate(optimizers):
-            groups = optimizer.state_dict()["param_groups"]
+            # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
-            by_number = {n: state.get((i, p), {}) for n, p in enumerate(ordered)}
-            optimizer.load_state_dict({"state": by_number, "param_groups": groups})
+            numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+        if state:
+            raise UserError(f"{self.path} divides the parameters among the optimizers in another "
+                            "way than this run")
 
 
 def check_saved_flag(name, value):
@@ -550,9 +580,13 @@ def save_state(trainer, tokenizer, content):
 
 def keep_previous(path, previous):
     """Give the file at `path` a second name, `previous`, where the disk has hard links."""
+    part = f"{previous}.part"
+    with contextlib.suppress(FileNotFoundError):
+        os.remove(part)                                          # left by a process that was killed
     with contextlib.suppress(OSError):
-        os.link(path, previous + ".part")
-        os.replace(previous + ".part", previous)
+        if not os.path.exists(previous) or not os.path.samefile(path, previous):
+            os.link(path, part)
+            os.replace(part, previous)
 
 
 def save_export(trainer, tokenizer):
@@ -600,7 +634,8 @@ def set_aside(out_dir):
 def advice_on_old_layout(out_dir):
     if os.path.exists(f"{out_dir}/training_state.pt"):
         return (". Its training_state.pt is of an older version and cannot be resumed. Start a run "
-                f"from its weights: python train.py --init_from={out_dir} --out_dir={out_dir}-2")
+                f"from its weights: python train.py --init_from={shlex.quote(out_dir)} "
+                f"--out_dir={shlex.quote(out_dir + '-2')} --dataset=NAME")
     return ": name its folder with --out_dir, or leave out --init_from to start from scratch"
 
 
@@ -919,7 +954,8 @@ def build_model(run, config, weights, device, dtype, compiled):
 
 def make_optimizers(run, parameters, device):
     """The optimizers of a run, each for its own parameters: here AdamW for all, with weight decay
-    on matrices only."""
+    on matrices only. parameters: {"transformer.h.0.attn.c_attn.weight": tensor, ...}. The learning
+    rate is set at each step, see `learning_rate`; all tensors that they keep are saved."""
     matrices = [p for p in parameters.values() if p.dim() >= 2]
     others = [p for p in parameters.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": run.weight_decay},
@@ -945,7 +981,7 @@ def announce_run(run, config, splits, tokenizer, choices):
                             f"{len(splits['train']) / samples:,.1f} steps")
     with torch.device("meta"):
         parameters = GPT2(config).num_parameters()
-    changes = [f"{name}={value}" for name, value in config.changes.items()]
+    changes = [f"{name}={value}" for name, value in config.beyond_gpt2.items()]
     choices["model"] = (f"{parameters:,} parameters, {config.n_layer} layers, "
                         f"{', '.join(changes) or 'plain GPT-2'}")
     for topic, text in choices.items():
@@ -1018,7 +1054,7 @@ def evaluate_only(trainer, tokenizer):
     spans = choose_spans(data, run.eval_iters * run.batch_size, stride)
     announce("samples", f"{len(spans):,} of {len(data.spans(stride)):,}, {stride} tokens apart; "
                         "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
-                        f"predicted from {data.block_size - stride + 1} or more")
+                        f"given at least {data.block_size - stride + 1} tokens of context")
     loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1))
     predicted = [data.files[file][first:end] for file, _, first, end in spans]
     tokens = sum(map(len, predicted))
@@ -1049,7 +1085,7 @@ class Trainer:
         if dtype != torch.float32 and not run.fsdp:              # FSDP has its own mixed precision
             self.context = torch.autocast(device.type, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        # Made after sharding: they would keep the unsharded weights alive.
+        # Created after sharding: earlier ones would keep the unsharded weights in memory.
         self.optimizers = make_optimizers(run, self.parameters, device)
         if checkpoint:
             self.state = checkpoint.state
@@ -1203,7 +1239,7 @@ def train_step(trainer, signals):
         [loss / world_size(), norm / world_size(), signals.received == signal.SIGINT,
          signals.received == signal.SIGTERM], trainer.device)
     what = "loss" if not math.isfinite(loss) else "gradient"
-    skipped = trainer.scaler.is_enabled()                        # float16 leaves such a step out
+    skipped = trainer.scaler.is_enabled()                        # GradScaler skips such a step
     if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
         raise not_finite(trainer, f"the {what} of step {trainer.state.step + 1}",
                          "The weights were not updated")
@@ -1285,6 +1321,7 @@ def start():
     typed = parse_command_line()
     if "plot" in typed:
         return plot_only(typed)
+    open_store()
     with usage_errors():
         device, why = choose_process_device(typed.get("device", Run.device))
     prepare_device(device)
@@ -1425,11 +1462,18 @@ def out_dir_flag(run):
 
 
 def resume_command(run):
+    """The command that resumes a run with the same settings, on the same number of processes."""
     launcher = "python"
     if is_distributed():
         launcher = f"torchrun --standalone --nproc_per_node={world_size()}"
-    fsdp = " --fsdp" if run.fsdp else ""
-    return f"{launcher} train.py{fsdp} --init_from=resume{out_dir_flag(run)}"
+        if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
+            launcher = "torchrun (with the same options as before)"
+    kept = ""
+    for name in ("fsdp", "grad_checkpoint", "dtype", "device", "backend", "compile", "tensorboard",
+                 "wandb"):
+        if getattr(run, name) != getattr(Run, name):
+            kept += f" --{name}={getattr(run, name)}"
+    return f"{launcher} train.py --init_from=resume{out_dir_flag(run)}{kept}"
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def flag(default, text, **metadata):
     """Return a dataclass field that is also a flag of the command line; `text` is its help.
 
     Limits of the value: at_least, above, at_most, below (numbers), choices (a list of texts).
-    if_bare: the value of the flag without a value.
+    if_bare: the value if the flag is typed without one.
     """
     return field(default=default, metadata={"help": text, **metadata})
 
@@ -219,7 +219,7 @@ class Progress:
     overwrites the last one; a log file gets one every ten seconds. Quick work prints nothing."""
 
     def __init__(self, name, unit="MB", scale=1e6):
-        """scale: how many of what `show` counts make one unit."""
+        """scale: how many of what `show` counts make one unit (1e6 bytes: 1 MB)."""
         self.name = name
         self.unit = unit
         self.scale = scale
@@ -227,7 +227,7 @@ class Progress:
         self.finished = False
 
     def show(self, done, size=None):
-        """done: so far; size: in the end, None if unknown. The first call sets the start."""
+        """done: the amount so far; size: the final one or None. The first call sets the start."""
         now = time.monotonic()
         terminal = sys.stderr.isatty()
         if self.started is None:

@@ -45,8 +45,8 @@ def current_commit(folder):
 def hub_download(repo, name, path, show=None):
     """Download a file of the hub to `path`. The repo of a data set starts with "datasets/"."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        raise FileNotFoundError(f"{path} not found, and HF_HUB_OFFLINE forbids to download it: "
-                                f"copy {name} of {repo} to that place")
+        raise FileNotFoundError(f"{path} not found, and HF_HUB_OFFLINE forbids the download: "
+                                f"copy {name} of {repo} there")
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
     if not endpoint.startswith(("http://", "https://")):
         endpoint = f"https://{endpoint}"
@@ -166,7 +166,7 @@ def connection_advice(problem, path, part):
         return f"{bytes_in(part):,} bytes are kept: run it again to continue"
     if problem == "ProxyError":
         return "Check the proxy in HTTPS_PROXY"
-    return (f"Without a network, bring the file to {path}. HTTPS_PROXY sets a proxy, HF_ENDPOINT a "
+    return (f"Without a network, copy the file to {path}. HTTPS_PROXY sets a proxy, HF_ENDPOINT a "
             "mirror of the hub")
 
 

@@ -135,8 +135,9 @@ class TokenDataset(Dataset):
 
     def spans(self, stride):
         """What an evaluation of all tokens reads: rows (file, begin, first, end), `stride` apart.
-        From tokens[begin:end] of a file, at most block_size + 1, the tokens from `first` on are to
-        be predicted, which the row before did not reach: every token but a file's first, once."""
+        A row reads tokens[begin:end] of a file, at most block_size + 1, and predicts
+        tokens[first:end], those that the row before did not reach. Together the rows predict every
+        token but a file's first, once."""
         rows = []
         for file, tokens in enumerate(self.files):
             first = 1
@@ -160,10 +161,10 @@ class TokenDataset(Dataset):
 class EndlessSampler(DistributedSampler):
     """torch's DistributedSampler without an end, which can start anywhere.
 
-    The shuffled epochs follow each other in one line of samples, and process r of R takes every
-    R-th of it. So a step reads the same samples for any R, each sample comes once an epoch, and the
-    position is one number: the samples consumed, by all processes together. Of several files the
-    order is shuffled, and the samples within each: reads stay local, and memory small.
+    The shuffled epochs form one endless sequence of samples, of which process r of R reads every
+    R-th. So a step reads the same samples for any R, each sample comes once an epoch, and the
+    position is one number: the samples consumed, by all processes together. With several files, the
+    files are shuffled, and then the samples within each: reads stay local, and memory small.
     """
 
     def __init__(self, dataset, rank, world_size, seed, consumed=0):

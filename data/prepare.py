@@ -14,6 +14,7 @@ nanoGPT) and meta.json (the tokenizer). FineWeb's shards keep llm.c's format.
 import contextlib
 import difflib
 import gzip
+import inspect
 import json
 import os
 import re
@@ -216,7 +217,10 @@ def read_all(files, read):
 
 
 def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
-    """Write a data set from files, see `read_all`. tokenizer: "gpt2" or "char".
+    """Write a data set from files. tokenizer: "gpt2" or "char".
+
+    read(path, open file) yields for each document its name, its split ("train", "val" or None) and
+    its text, an iterable of pieces. It is called twice, and must give the same text each time.
 
     All text is read once before it is encoded, for the table of characters and for the split, and
     to report a bad line now and not after hours. The data set is written to folder.part, which is
@@ -363,7 +367,7 @@ class Options:
     val_frac: float = flag(None, "fraction of your own data kept for validation, 1 = all [0.1]",
                            above=0, at_most=1)
     field: str = flag(None, "field with the text in the lines of your .jsonl files [text]")
-    source: str = flag(None, "file that was downloaded before, for stdlib and shakespeare")
+    source: str = flag(None, "text file for shakespeare, library folder for stdlib")
     shards: int = flag(None, "shards of fineweb, 1 to 103 [103]", at_least=1, at_most=103)
 
 
@@ -384,8 +388,8 @@ def prepare():
 
 
 def prepare_named(name, typed):
-    used = "shards" if name == "fineweb" else "source"
-    refuse(typed, typed.keys() - {used}, f"has no effect on {name}")
+    accepted = inspect.signature(DATASETS[name]).parameters.keys() & {"source", "shards"}
+    refuse(typed, typed.keys() - accepted, f"has no effect on {name}")
     if "source" in typed and not os.path.exists(typed["source"]):
         raise UsageError(f"--source={typed['source']} was not found")
     DATASETS[name](f"{DATA}/{name}", **typed)
