@@ -3068,6 +3068,9 @@ DAMAGES = {
     "unknown field": (lambda path: rewrite(path, lambda t, s: s["config"].update(new=1)),
                       "version"),
     "unknown flag": (lambda path: rewrite(path, lambda t, s: s["run"].update(new=1)), "version"),
+    "another parameter": (lambda path: rewrite(path, lambda t, s: (
+        t.update({"transformer.h.0.ln_3.weight": torch.ones(32)}),
+        s["tensors"].append("transformer.h.0.ln_3.weight"))), "version"),
     "missing flag": (lambda path: rewrite(path, lambda t, s: s["run"].pop("seed")), "version"),
     "list": (lambda path: rewrite(path, lambda t, s: s.update(optimizers=3)), "damaged"),
 }

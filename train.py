@@ -490,6 +490,10 @@ class Checkpoint:
         except (UserError, ValueError, TypeError) as error:
             raise UserError(self.damaged(error)) from None
         self.weights = {name: self.tensors.pop(name) for name in parameters}
+        for name in self.tensors:                                # optimizer.NUMBER.KEY.PARAMETER
+            if name.split(".", 3)[-1] not in parameters:
+                raise UserError(f"{self.path} was written by another version of the code: it holds "
+                                f"{name!r:.80}")
 
     def damaged(self, error):
         """The text of an error in the file, with safe advice."""

@@ -232,7 +232,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     name = os.path.basename(folder)
     folder = os.path.realpath(folder)            # a link may lead to another disk
     total = sum(map(os.path.getsize, files))
-    seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total)
+    seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total, tokenizer)
     if not seen.any():
         raise UserError(f"{name}: there is no text in the files given")
     if tokenizer == "char":
@@ -271,12 +271,16 @@ def check_folder(folder):
                             "another --name, or move it away")
 
 
-def survey(pieces, progress, total):
-    """-> (which code points occur, {a hash of the name: characters} of the documents to split)"""
+def survey(pieces, progress, total, tokenizer):
+    """-> (which code points occur, {a hash of the name: characters} of the documents to split). For
+    GPT-2's tokenizer, which needs no table, only the first text's code points are noted."""
     seen = np.zeros(0x110000, dtype=bool)
     sizes = Counter()
+    found = False
     for piece in pieces:
-        seen[code_points(piece.text)] = True
+        if piece.text and (tokenizer == "char" or not found):
+            seen[code_points(piece.text)] = True
+            found = True
         if piece.split is None:
             sizes[name_hash(piece.document)] += len(piece.text)
         progress.show(piece.position, total)
