@@ -657,10 +657,10 @@ class Log:
         self.since = self.began = time.monotonic()
         self.path = f"{run.out_dir}/metrics.jsonl"
         self.width = 0
-        if not is_main():
-            return
         self.tensorboard = None
         self.wandb = None
+        if not is_main():
+            return
         if run.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.tensorboard = SummaryWriter(f"{run.out_dir}/tensorboard", purge_step=step)
@@ -688,6 +688,12 @@ class Log:
         if self.tensorboard:
             for name, value in values.items():
                 self.tensorboard.add_scalar(name, value, step)
+
+    def close(self):
+        if self.tensorboard:
+            self.tensorboard.close()
+        if self.wandb:
+            self.wandb.finish()
 
     def step(self, trainer, loss, norm):
         """Log a training step."""
@@ -1339,8 +1345,17 @@ def start():
             raise UserError("another process of this run died; stopping") from None
         return 1
     if dist.is_initialized():
-        dist.destroy_process_group()
+        leave(code or 0)
     return code
+
+
+def leave(code):
+    """End this process of a distributed run without Python's own shutdown: a thread of gloo that
+    still holds a tensor would abort it (pytorch PR 179291)."""
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def plot_only(typed):
@@ -1417,6 +1432,7 @@ def run_training(trainer, tokenizer, content):
                             f"{run.out_dir}: {error}. The state before it is untouched") from None
         trainer.saved_step = state.step
     stopped = loop(trainer, log, save)
+    log.close()
     if is_main():
         plot([run.out_dir], f"{run.out_dir}/loss.svg")
     if stopped:
