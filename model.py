@@ -122,6 +122,12 @@ class GPT2Config:
         return self.n_kv_head if self.gqa else self.n_head
 
     @property
+    def qkv_sizes(self):
+        """Widths of the queries, keys and values of all heads: the parts of c_attn's output."""
+        kv_size = self.kv_heads * self.head_dim
+        return [self.n_embd, kv_size, kv_size]
+
+    @property
     def endless(self):
         """Whether text has no length limit: nothing depends on the distance to its start."""
         return self.rope and self.sliding_window
@@ -308,8 +314,7 @@ class MultiHeadAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C = config.n_embd
-        kv_width = config.kv_heads * config.head_dim
-        self.sizes = [C, kv_width, kv_width]                     # of q, k and v
+        self.sizes = config.qkv_sizes
         self.head_dim = config.head_dim
         self.c_attn = Linear(C, sum(self.sizes), bias=config.bias)
         self.c_proj = Linear(C, C, bias=config.bias)

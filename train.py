@@ -14,6 +14,7 @@ Neither the number of processes, nor the mode, nor a stop in between changes it
 """
 import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -67,7 +68,8 @@ class Run:
     warmup_iters: int = flag(50, "steps of warm-up", at_least=0)
     lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]", at_least=1)
     min_lr: float = flag(None, "lowest learning rate [learning_rate / 10]", at_least=0)
-    weight_decay: float = flag(0.1, "AdamW weight decay, on matrices only", at_least=0)
+    muon: bool = flag(False, "Muon in place of AdamW for the matrices of the blocks")
+    weight_decay: float = flag(0.1, "weight decay, on matrices only", at_least=0)
     beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
     beta2: float = flag(0.99, "AdamW beta2", at_least=0, below=1)
     grad_clip: float = flag(1.0, "largest gradient norm, 0 = no limit", at_least=0)
@@ -345,6 +347,12 @@ def sum_over_processes(values, device):
     return total.tolist()
 
 
+@functools.cache
+def device_mesh(device_type):
+    """All processes in a row."""
+    return dist.init_device_mesh(device_type, (world_size(),))
+
+
 def shard(model, device, fsdp, dtype, compiled):
     """Shard (FSDP) and compile a model made on the meta device, then allocate its weights."""
     if fsdp:
@@ -352,7 +360,7 @@ def shard(model, device, fsdp, dtype, compiled):
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = dist.init_device_mesh(device.type, (world_size(),))
+        mesh = device_mesh(device.type)
         for block in model.transformer.h:
             if compiled:
                 block.compile()
@@ -422,12 +430,31 @@ def gathered(tensor):
 @torch.no_grad()
 def fill(tensor, whole):
     """Copy `whole`, or this process's shard of it, into `tensor`."""
-    if hasattr(tensor, "full_tensor"):
-        from torch.distributed.tensor import distribute_tensor
-        whole = distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
-                                  src_data_rank=None).to_local()
-        tensor = tensor.to_local()
-    tensor.copy_(whole)
+    tensor.copy_(own_part(whole, tensor))
+
+
+def own_part(whole, tensor):
+    """`whole`, or this process's shard of it if `tensor` is sharded."""
+    if not hasattr(tensor, "full_tensor"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(whole.to(tensor.device), tensor.device_mesh, tensor.placements,
+                             src_data_rank=None)
+
+
+def own_rows(tensor):
+    """This process's rows of a tensor that every process has, as a DTensor."""
+    if not is_distributed() or hasattr(tensor, "full_tensor"):
+        return tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
+    mesh = device_mesh(tensor.device.type)
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
+
+
+def broadcast(tensor, source):
+    """Replace a tensor by that of the process `source`. Every process must call it."""
+    if dist.is_initialized():
+        dist.broadcast(tensor, source)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -962,18 +989,6 @@ def build_model(run, config, weights, device, dtype, compiled):
     return model
 
 
-def make_optimizers(run, parameters, device):
-    """The optimizers of a run, each for its own parameters: here AdamW for all, with weight decay
-    on matrices only. parameters: {"transformer.h.0.attn.c_attn.weight": tensor, ...}. The learning
-    rate is set at each step, see `learning_rate`; all tensors that they keep are saved."""
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    others = [p for p in parameters.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": run.weight_decay},
-              {"params": others, "weight_decay": 0.0}]
-    return [torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
-                              fused=device.type in ("cpu", "cuda"))]
-
-
 def announce_run(run, config, splits, tokenizer, choices):
     """Print what the script chose, with the reasons. choices: {topic: text}."""
     mode = "single: not started by torchrun"
@@ -996,6 +1011,121 @@ def announce_run(run, config, splits, tokenizer, choices):
                         f"{', '.join(changes) or 'plain GPT-2'}")
     for topic, text in choices.items():
         announce(topic, text)
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizers
+
+
+def make_optimizers(run, config, parameters, device):
+    """The optimizers of a run, each for its own parameters. The learning rate is set at each step,
+    see `learning_rate`; all tensors that they keep are saved.
+
+    parameters: {"transformer.h.0.attn.c_attn.weight": tensor, ...}
+    """
+    rest = dict(parameters)
+    optimizers = []
+    if run.muon:
+        blocks = {name: rest.pop(name) for name, p in parameters.items()
+                  if name.startswith("transformer.h.") and p.dim() == 2}
+        joined = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
+        single = [p for name, p in blocks.items() if not name.endswith("c_attn.weight")]
+        groups = [{"params": joined, "parts": config.qkv_sizes}, {"params": single}]
+        optimizers.append(Muon(groups, run.learning_rate, run.weight_decay))
+    matrices = [p for p in rest.values() if p.dim() >= 2]
+    others = [p for p in rest.values() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": run.weight_decay},
+              {"params": others, "weight_decay": 0.0}]
+    optimizers.append(torch.optim.AdamW(groups, lr=run.learning_rate, betas=(run.beta1, run.beta2),
+                                        fused=device.type in ("cpu", "cuda")))
+    return optimizers
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose direction is made orthogonal, for matrices (K. Jordan and others, 2024:
+    https://kellerjordan.github.io/posts/muon). It is scaled to the usual size of AdamW's updates
+    (J. Liu and others, 2025: https://arxiv.org/abs/2502.16982), so that learning rate and weight
+    decay keep their meaning.
+
+    torch.optim.Muon with adjust_lr_fn="match_rms_adamw" gives the same; but it computes in bfloat16
+    on every device and every matrix by itself, in each process all of them. Here equal shapes share
+    a product, and each matrix is worked on by one process, which broadcasts the result. Every
+    process keeps some rows of the momentum: a DTensor, with DDP too.
+
+    A group's "parts" are the numbers of rows of the matrices that a parameter is joined of.
+    """
+    MOMENTUM = 0.95
+
+    def __init__(self, groups, lr, weight_decay):
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "parts": None})
+        self.owners = share_work([p for group in self.param_groups for p in group["params"]])
+
+    @torch.no_grad()
+    def step(self):
+        mine = {}
+        for p, owner in self.owners.items():
+            whole = gathered(self.direction(p))
+            if owner == rank():
+                mine[p] = whole
+        self.orthogonalize(mine)
+        for group in self.param_groups:
+            for p in group["params"]:
+                update = mine.get(p)
+                if update is None:
+                    update = torch.empty(p.shape, device=p.device)
+                broadcast(update, self.owners[p])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(own_part(update, p), alpha=group["lr"])
+
+    def direction(self, p):
+        """Nesterov's momentum: this process's rows of it."""
+        grad = own_rows(p.grad)
+        state = self.state[p]
+        momentum = own_rows(state.get("momentum", torch.zeros_like(grad)))
+        state["momentum"] = momentum.lerp(grad, 1 - self.MOMENTUM)
+        return grad.lerp(state["momentum"], self.MOMENTUM)
+
+    def orthogonalize(self, directions):
+        """Replace {parameter: its direction} by updates, in place."""
+        equal = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in directions:
+                    for matrix in directions[p].split(group["parts"] or len(p)):
+                        equal.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in equal.items():
+            scale = 0.2 * math.sqrt(max(shape))
+            at_once = max(1, 2**25 // shape.numel())             # 128 MB in float32
+            for i in range(0, len(matrices), at_once):
+                batch = matrices[i:i + at_once]
+                torch._foreach_copy_(batch, list(scale * orthogonal(torch.stack(batch))))
+
+
+def share_work(parameters):
+    """-> {parameter: the process that works on it}, the largest given away first, each to the
+    process that has the least."""
+    work = [0] * world_size()
+    owners = {}
+    for p in sorted(parameters, key=torch.numel, reverse=True):
+        owners[p] = work.index(min(work))
+        work[owners[p]] += p.numel() * min(p.shape)
+    return {p: owners[p] for p in parameters}
+
+
+def orthogonal(matrices):
+    """Five Newton-Schulz steps: U V' of the matrices U S V', but for singular values between about
+    0.7 and 1.2 in place of 1. (B, R, C) -> (B, R, C)"""
+    fast = matrices.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+    x = matrices.bfloat16() if fast else matrices.float()
+    tall = x.size(1) > x.size(2)
+    if tall:
+        x = x.mT
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        square = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, square, x, beta=3.4445)
+    return x.mT if tall else x
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1096,7 +1226,7 @@ class Trainer:
             self.context = torch.autocast(device.type, dtype)
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         # Created after sharding: earlier ones would keep the unsharded weights in memory.
-        self.optimizers = make_optimizers(run, self.parameters, device)
+        self.optimizers = make_optimizers(run, config, self.parameters, device)
         if checkpoint:
             self.state = checkpoint.state
             checkpoint.restore(self.optimizers, self.parameters)
