@@ -842,7 +842,11 @@ class Int8(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Checkpoint format: a Hugging Face folder with config.json and model.safetensors
 
-SIZES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+SIZES = {                                                        # OpenAI's
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 # Hugging Face stores these as (in, out), and these two constant masks besides the parameters.

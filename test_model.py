@@ -610,7 +610,7 @@ def test_initialisation():
         else:
             assert tensor.std().item() == pytest.approx(std, rel=0.03), name
             assert abs(tensor.mean()) < 5e-4
-    model.transformer.extra.gain = torch.nn.Parameter(torch.ones(3))
+    model.transformer.extra.gain = torch.torch.nn.Parameter(torch.ones(3))
     with pytest.raises(TypeError, match=r"transformer\.extra\.gain: .* ModuleDict"):
         list(model.initial_weights(0))
     wpe = model.transformer.wpe.weight
@@ -2336,9 +2336,15 @@ def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
 
 
 @pytest.mark.parametrize("source, out, typed, expected", [
-    ("scratch", "new", {}, dict(learning_rate=3e-3, n_layer=4, dropout=None, batch_size=4)),
+    ("scratch", "new", {}, dict(train.STDLIB, n_layer=4, dropout=None, batch_size=4)),
+    ("scratch", "new", dict(muon=False), dict(muon=False, learning_rate=3e-3, max_iters=1400)),
+    ("scratch", "new", dict(dataset="x"), dict(muon=False, learning_rate=3e-3, max_iters=1400)),
+    ("scratch", "new", dict(size="gpt2-medium"), dict(n_layer=24, n_head=16, n_embd=1024,
+                                                      block_size=1024, muon=False)),
+    ("scratch", "new", dict(size="gpt2", n_layer=2, muon=True),
+     dict(n_layer=2, n_head=12, n_embd=768, muon=True, learning_rate=3e-3)),
     ("scratch", "new", dict(n_layer=2, batch_size=1), dict(n_layer=2, n_head=4, batch_size=1)),
-    ("scratch", "cut", {}, dict(learning_rate=3e-3, n_layer=4)),
+    ("scratch", "cut", {}, dict(learning_rate=1e-2, n_layer=4)),
     ("whole", "new", {}, dict(learning_rate=3e-5, max_iters=200, dropout=0.1, n_layer=None,
                               always_save_checkpoint=False, beta2=0.99)),
     ("whole", "new", dict(max_iters=9, dropout=0.2),
@@ -2348,7 +2354,7 @@ def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
     ("resume", "cut", dict(learning_rate=1.0, dropout=0.3, device="cpu", beta2=0.9),
      dict(learning_rate=1.0, max_iters=9, dropout=0.3, n_layer=2, device="cpu", beta2=0.9)),
     ("auto", "cut", dict(max_iters=8), dict(init_from="resume", learning_rate=2e-3, max_iters=8)),
-    ("auto", "new", dict(max_iters=8), dict(init_from="scratch", learning_rate=3e-3, n_layer=4,
+    ("auto", "new", dict(max_iters=8), dict(init_from="scratch", learning_rate=1e-2, n_layer=4,
                                             max_iters=8))])
 def test_precedence(straight, tmp_path, source, out, typed, expected):
     """Fails if a flag is not what was typed, else what the checkpoint says, else what the recipe
@@ -2364,7 +2370,7 @@ def test_precedence(straight, tmp_path, source, out, typed, expected):
 
 def other_optimizers(kind, step=None):
     """`before` of a process: it trains without AdamW for all, and is killed in `step`."""
-    def make_optimizers(run, parameters, device):
+    def make_optimizers(run, config, parameters, device):
         momentum = dict(lr=run.learning_rate, momentum=0.9)
         if kind == "SGD":
             return [torch.optim.SGD(parameters.values(), **momentum)]
@@ -2403,6 +2409,93 @@ def test_another_optimizer_is_refused(straight, tmp_path, kind, word):
     done = resume(straight, out, code=1, before=partial(other_optimizers, kind))
     one_line(done.err, f"{out}/{train.STATE} holds the state of AdamW;", word)
     assert contents(out) == contents(straight / "cut")
+
+
+def muon_steps(optimizer, parameters, steps=4):
+    """The parameters after some steps with random gradients."""
+    torch.manual_seed(1)
+    for _ in range(steps):
+        for p in parameters:
+            p.grad = torch.randn(p.shape) * torch.randn(p.shape[1])
+        optimizer.step()
+    return parameters
+
+
+SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (5, 13), (1, 7)]
+
+
+def test_muon_is_torchs(monkeypatch):
+    """Fails if a matrix that shares its products with others gets another update than torch's Muon
+    gives it. Torch's computes in bfloat16; here both have float32."""
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
+    torch.manual_seed(0)
+    initial = [torch.randn(shape) for shape in SHAPES]
+    ours = [torch.nn.Parameter(p.clone()) for p in initial]
+    theirs = [torch.nn.Parameter(p.clone()) for p in initial]
+    muon_steps(train.Muon([{"params": ours}], lr=0.1, weight_decay=0.5), ours)
+    muon_steps(torch.optim.Muon(theirs, lr=0.1, weight_decay=0.5,
+                                adjust_lr_fn="match_rms_adamw"), theirs)
+    for a, b, before in zip(ours, theirs, initial, strict=True):
+        assert_close(a, b, 1e-6)
+        assert (a - before).abs().max() > 0.01
+
+
+def test_muon_by_hand():
+    """Fails if the queries', keys' and values' matrices are made orthogonal as one, or if the
+    update is not U f(S) V' of the momentum, for its singular value decomposition U S V'."""
+    sizes = [12, 4, 4]
+    weight = torch.nn.Parameter(torch.zeros(20, 12))
+    optimizer = train.Muon([{"params": [weight], "parts": sizes}], lr=1.0, weight_decay=0.0)
+    momentum = torch.zeros(20, 12)
+    expected = torch.zeros(20, 12)
+    torch.manual_seed(0)
+    for _ in range(3):
+        weight.grad = torch.randn(20, 12)
+        momentum = 0.95 * momentum + 0.05 * weight.grad
+        nesterov = 0.95 * momentum + 0.05 * weight.grad
+        updates = []
+        for part in nesterov.split(sizes):
+            U, S, Vt = torch.linalg.svd(part.double(), full_matrices=False)
+            S = S / S.square().sum().sqrt()
+            for _ in range(5):
+                S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+            updates.append(0.2 * math.sqrt(12) * U @ torch.diag(S) @ Vt)
+        expected -= torch.cat(updates).float()
+        optimizer.step()
+    assert_close(weight, expected, 1e-5)
+
+
+def test_muon_gets_the_matrices_of_the_blocks():
+    """Fails if an embedding, a bias or a LayerNorm is trained by Muon, or nothing trains one."""
+    model = GPT2(GPT2Config(n_layer=2, n_head=2, n_embd=8, block_size=8, vocab_size=8))
+    named = dict(model.named_parameters())
+    muon, adamw = train.make_optimizers(train.Run(muon=True), model.config, named,
+                                        torch.device("cpu"))
+    names = {id(p): name for name, p in named.items()}
+    trained = [{names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+               for optimizer in (muon, adamw)]
+    matrices = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+    assert trained[0] == {f"transformer.h.{i}.{m}.weight" for i in range(2) for m in matrices}
+    assert trained[1] == named.keys() - trained[0]
+    assert [g["weight_decay"] for g in adamw.param_groups] == [0.1, 0.0]
+
+
+@pytest.mark.parametrize("size, ranks", [("gpt2", 2), ("gpt2", 8), ("gpt2-xl", 8), ("gpt2", 64)])
+def test_muon_divides_its_work(monkeypatch, size, ranks):
+    """Fails if one process has much more than its share of the products; 48 parameters are too few
+    for 64 processes. The cost of a matrix (m, n), m <= n: 5 (4 m² n + 2 m³)."""
+    monkeypatch.setattr(train, "world_size", lambda: ranks)
+    with torch.device("meta"):
+        model = GPT2(GPT2Config(**train.SIZES[size]))
+    blocks = {p: name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    cost = Counter()
+    for p, owner in train.share_work(list(blocks)).items():
+        for matrix in p.split(model.config.n_embd if "c_attn" in blocks[p] else len(p)):
+            m, n = sorted(matrix.shape)
+            cost[owner] += 4 * m * m * n + 2 * m**3
+    share = sum(cost.values()) / ranks
+    largest = 4 * 768**2 * 3072 + 2 * 768**3
+    assert max(cost.values()) <= (largest if ranks == 64 else 1.01 * share), cost
 
 
 def files_of(out):
@@ -2457,14 +2550,15 @@ def test_interrupted_move_is_finished(straight, tmp_path, monkeypatch, n):
 
 @pytest.fixture(scope="session")
 def alone(data, tmp_path_factory):
-    """Runs of one process, dropout off: plain GPT-2 and all three flags."""
+    """Runs of one process, dropout off: plain GPT-2, and all three flags with Muon."""
     folder = tmp_path_factory.mktemp("alone")
-    for name, changes in {"plain": {}, "all": ALL}.items():
+    for name, changes in {"plain": {}, "all": {**ALL, "muon": True}}.items():
         run("train", *flags(dataset=data, out_dir=folder / name, **changes))
     return folder
 
 
-both_models = pytest.mark.parametrize("name, changes", [("plain", {}), ("all", ALL)])
+both_models = pytest.mark.parametrize("name, changes", [
+    ("plain", {}), ("all", {**ALL, "muon": True})])
 both_modes = pytest.mark.parametrize("mode", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
 
 
@@ -2518,10 +2612,11 @@ def test_torchrun(data, alone, tmp_path):
 def test_checkpoints_cross_modes(data, alone, tmp_path, first, then, ranks):
     """Fails if only the mode that wrote a checkpoint can read it, or if the other ranks do not hear
     of a SIGTERM to one rank."""
+    how = dict(dataset=data, out_dir=tmp_path, muon=True, **ALL)
     stop = partial(at_step, 5, signal.SIGTERM, "1")
-    run("train", *flags(dataset=data, out_dir=tmp_path), *first, ranks=2, before=stop, code=143)
-    run("train", *flags(out_dir=tmp_path), "--init_from=resume", *then, ranks=ranks)
-    agree(tmp_path, alone / "plain")
+    run("train", *flags(**how), *first, ranks=2, before=stop, code=143)
+    run("train", "--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu", *then, ranks=ranks)
+    agree(tmp_path, alone / "all")
 
 
 def weigh(folder):
@@ -2545,6 +2640,26 @@ def test_fsdp_holds_its_share(data, tmp_path, ranks):
     whole = 16 * GPT2.from_pretrained(tmp_path / "out").num_parameters()
     shares = [int(pathlib.Path(tmp_path, str(rank)).read_text()) / whole for rank in range(ranks)]
     assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
+
+
+def weigh_momentum(folder):
+    """Write down, after a step, the bytes of Muon's state in this process, and of the matrices."""
+    def hook(optimizer, *_):
+        if isinstance(optimizer, train.Muon):
+            state = [t.to_local() for held in optimizer.state.values() for t in held.values()]
+            sizes = [sum(map(torch.numel, tensors)) for tensors in (state, optimizer.owners)]
+            pathlib.Path(folder, os.environ["RANK"]).write_text(json.dumps(sizes))
+    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
+
+
+@both_modes
+def test_each_process_keeps_its_share_of_the_momentum(data, tmp_path, mode):
+    """Fails if Muon keeps whole momentum in every process."""
+    run("train", *flags(dataset=data, out_dir=tmp_path / "out", max_iters=1), *mode, "--muon",
+        ranks=2, before=partial(weigh_momentum, tmp_path))
+    held, whole = zip(*[json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)],
+                      strict=True)
+    assert sum(held) == whole[0] and max(held) <= 0.51 * whole[0]
 
 
 def watch_memory(folder):
@@ -2794,7 +2909,7 @@ def nothing_mapped():
     train.save_state = checked
 
 
-@pytest.mark.parametrize("mode, ranks", [([], 0), ([], 2), (["--fsdp"], 2)])
+@pytest.mark.parametrize("mode, ranks", [([], 0), (["--muon"], 2), (["--fsdp", "--muon"], 2)])
 def test_resume_to_the_bit(data, tmp_path, mode, ranks):
     """Fails if a resume loses the moments, the place in the data, dropout's random numbers or the
     schedule, or repeats a step."""
@@ -3618,6 +3733,9 @@ train    1  --init_from=resume                                     there is no c
 train    1  --init_from=gpt2                                       Without a network, copy the file to
 train    2  --init_from={run} --n_head=4                           n_head=4 contradicts
 train    2  --init_from=resume --out_dir={run} --n_layer=3         contradicts the checkpoint
+train    2  --init_from=resume --out_dir={run} --muon              muon=True contradicts the checkpoint
+train    2  --init_from=resume --out_dir={run} --size=gpt2         --size has no effect on weights that
+train    2  --size=gpt3                                            --size=gpt3 is not one of gpt2, gpt2-
 train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2
 train    1  --init_from={bad}/pickle                               could run code
 train    1  --init_from={bad}/short                                truncated

@@ -58,6 +58,9 @@ class Run:
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
+    size: str = flag(None, "OpenAI's layers, heads and width, and block_size 1,024: gpt2, gpt2-medium, "
+                     "gpt2-large, gpt2-xl", runtime=True,
+                     choices=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
     seed: int = flag(1337, "random seed for weights, data order and dropout", at_least=0)
     batch_size: int = flag(4, "samples of block_size tokens in a batch of one process", at_least=1)
     gradient_accumulation_steps: int = flag(
@@ -105,6 +108,8 @@ RUN = {f.name: f for f in fields(Run)}
 # Recipes: what a run from scratch or from trained weights changes in the defaults. From scratch the
 # model is small enough to learn something on a CPU in minutes; fine-tuning is short and gentle.
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
+# The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
+STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
@@ -117,7 +122,8 @@ OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a num
 
 if __name__ == "__main__" and "--help" in sys.argv:              # before torch: it takes seconds
     SHAPE = flags_in_source(__file__.replace("train.py", "model.py"), "GPT2Config")
-    run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults=SCRATCH), OUT_OF_MEMORY)
+    run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults={**SCRATCH, **STDLIB}),
+             OUT_OF_MEMORY)
 
 # Else torch's C++ logs stack traces where a process ends while others still talk to it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -150,7 +156,7 @@ SHAPE = {f.name: f for f in fields(GPT2Config)}
 
 def parse_command_line():
     """-> {name: value} of the flags that were typed. Raises UsageError for those without effect."""
-    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE}, defaults=SCRATCH)
+    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE}, defaults={**SCRATCH, **STDLIB})
     if "plot" in typed:
         refuse(typed, typed.keys() - {"plot", "out_dir"}, "has no effect with --plot")
     if not typed.get("decay_lr", True):
@@ -196,11 +202,17 @@ def resolve(typed):
     elif source != "scratch" and source not in SIZES and not os.path.isdir(source):
         raise UsageError(f"--init_from={source} is not scratch, resume, auto, one of "
                          f"{', '.join(SIZES)}, or a folder")
+    if asked.size and source != "scratch":
+        raise UsageError("--size has no effect on weights that have a size: leave it out")
     checkpoint = None
     saved = {}
     recipe = FINETUNE
     if source == "scratch":
-        recipe = SCRATCH
+        recipe = dict(SCRATCH)
+        if asked.size:
+            recipe.update(SIZES[asked.size], block_size=1024)
+        elif asked.dataset == Run.dataset and typed.get("muon", True):
+            recipe.update(STDLIB)
         if asked.eval_only:
             raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
                              f"folder or one of {', '.join(SIZES)}")
@@ -221,7 +233,7 @@ def resolve(typed):
 
 def check_contradictions(typed, saved, out_dir):
     """Raise UsageError for a typed flag that would make the resumed run another one."""
-    for name in ("dataset", "seed", *SHAPE):
+    for name in ("dataset", "seed", "muon", *SHAPE):
         changeable = name in ("dropout", "flash")
         if name in typed and typed[name] != saved[name] and not changeable:
             raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, "
@@ -1004,6 +1016,11 @@ def announce_run(run, config, splits, tokenizer, choices):
                             f"accumulated ({batches // world_size()} in each process) = "
                             f"{samples * config.block_size:,} tokens a step; an epoch is "
                             f"{len(splits['train']) / samples:,.1f} steps")
+    if run.muon:
+        why = "the default of stdlib" if run.dataset == Run.dataset else "--muon"
+        choices["optimizer"] = f"Muon for the matrices of the blocks, AdamW for the rest: {why}"
+    else:
+        choices["optimizer"] = "AdamW: --muon was not given"
     with torch.device("meta"):
         parameters = GPT2(config).num_parameters()
     changes = [f"{name}={value}" for name, value in config.beyond_gpt2.items()]
