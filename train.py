@@ -58,8 +58,8 @@ class Run:
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
-    size: str = flag(None, "OpenAI's layers, heads and width, and block_size 1,024: gpt2, gpt2-medium, "
-                     "gpt2-large, gpt2-xl", runtime=True,
+    size: str = flag(None, "layers, heads and width of OpenAI's gpt2, gpt2-medium, gpt2-large or "
+                     "gpt2-xl, and block_size 1,024", runtime=True,
                      choices=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
     seed: int = flag(1337, "random seed for weights, data order and dropout", at_least=0)
     batch_size: int = flag(4, "samples of block_size tokens in a batch of one process", at_least=1)
