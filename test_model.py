@@ -4008,6 +4008,7 @@ def evidence(data, tmp_path, monkeypatch):
         return SimpleNamespace(stdout=done.out)
     for variant in ("rope", "gqa", "sliding_window"):
         del module.VARIANTS[variant]
+    del module.OPTIMIZERS["AdamW"]
     for name, value in dict(
             HERE=str(tmp_path), TEXT=f"{data}/val.bin", SEEDS=(1, 2),
             GPT2Config=lambda *args, **given: GPT2Config(*args, **given | tiny),
@@ -4024,7 +4025,7 @@ def test_evidence(evidence, tmp_path, capsys):
     evidence.train_all()
     evidence.costs()
     evidence.losses()
-    evidence.over_size(shapes=[(1, 4, 32)])
+    evidence.over_size(sizes={"tiny": {}})
     evidence.over_context(contexts=(32, 64))
     evidence.over_window(contexts=(300,))
     tables = [[[cell.strip() for cell in line.strip("|").split("|")] for line in block.splitlines()]
@@ -4034,8 +4035,8 @@ def test_evidence(evidence, tmp_path, capsys):
     costs, losses, _, _, window = tables
     x, y = loader.TokenDataset([evidence.TEXT], 8, 50).__getitems__(range(21))
     assert [row[3] for row in costs[2:]] == [f"{2 * width * 2} B" for width in (32, 8)]
-    for name, loss, *longer in losses[2:]:
-        models = [GPT2.from_pretrained(evidence.out_dir(name, seed)) for seed in (1, 2)]
+    for optimizer, name, loss, *longer in losses[2:]:
+        models = [GPT2.from_pretrained(evidence.out_dir(seed, optimizer, name)) for seed in (1, 2)]
         assert all(m.config.beyond_gpt2.keys() >= evidence.VARIANTS[name].keys() for m in models)
         with torch.no_grad():
             mean = sum(model(x, y)[1].item() for model in models) / 2

@@ -8,9 +8,11 @@ grows. The runs are kept in out-evidence/, the pictures beside this file.
     python .github/evidence.py --scale    # speed and memory over context, size and processes
 
 Speeds need an idle machine; losses do not depend on it. Quality: nanoGPT's CPU recipe (4 layers of
-128, 12 samples of 64 characters, 1,000 steps) on tinyshakespeare, three seeds. Cost: GPT-2's shapes
-with random weights, in float32; the variants take turns. Training is forward and backward.
+128, 12 samples of 64 characters, 1,000 steps) on tinyshakespeare, three seeds, with AdamW and with
+Muon. Cost: GPT-2's shapes with random weights, in float32; the variants take turns. Training is
+forward and backward.
 """
+import itertools
 import multiprocessing
 import os
 import re
@@ -26,7 +28,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
 sys.path.insert(0, ROOT)
 from data.loader import TokenDataset  # noqa: E402
-from model import GPT2, AttentionHead, GPT2Config  # noqa: E402
+from model import GPT2, SIZES, AttentionHead, GPT2Config  # noqa: E402
 from train import draw, plot, prepare_device  # noqa: E402
 
 TRAIN = os.path.join(ROOT, "train.py")
@@ -40,9 +42,13 @@ VARIANTS = {
 }
 SEEDS = (1, 2, 3)
 RECIPE = ("--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64 "
-          "--batch_size=12 --gradient_accumulation_steps=1 --max_iters=1000 --learning_rate=1e-3 "
+          "--batch_size=12 --gradient_accumulation_steps=1 --max_iters=1000 "
           "--warmup_iters=100 --eval_interval=125 --eval_iters=50 --log_interval=50 "
           "--init_from=auto").split()
+OPTIMIZERS = {
+    "AdamW": ["--learning_rate=1e-3"],
+    "Muon": ["--muon", "--learning_rate=6e-3"],
+}
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 # --------------------------------------------------------------------------------------------------
@@ -94,25 +100,25 @@ def table(head, rows):
 
 
 def train_all():
-    jobs = [(name, seed) for seed in SEEDS for name in VARIANTS]
+    jobs = itertools.product(SEEDS, OPTIMIZERS, VARIANTS)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: train(*job), jobs))
-    plot([out_dir(name, SEEDS[0]) for name in VARIANTS], os.path.join(HERE, "variants.svg"),
-         over="tokens")
+    plot([out_dir(SEEDS[0], "AdamW", name) for name in VARIANTS],
+         os.path.join(HERE, "variants.svg"), over="tokens")
 
 
-def train(name, seed):
-    folder = out_dir(name, seed)
+def train(seed, optimizer, name):
+    folder = out_dir(seed, optimizer, name)
     os.makedirs(folder, exist_ok=True)
-    command = [sys.executable, TRAIN, *RECIPE, *(f"--{flag}" for flag in VARIANTS[name]),
-               f"--seed={seed}", f"--out_dir={folder}"]
+    command = [sys.executable, TRAIN, *RECIPE, *OPTIMIZERS[optimizer],
+               *(f"--{flag}" for flag in VARIANTS[name]), f"--seed={seed}", f"--out_dir={folder}"]
     with open(os.path.join(folder, "log.txt"), "a") as log:
         subprocess.run(command, stdout=log, stderr=log, check=True, env=ONE_THREAD)
-    print(f"trained {name}, seed {seed}", flush=True)
+    print(f"trained {name}, {optimizer}, seed {seed}", flush=True)
 
 
-def out_dir(name, seed):
-    return os.path.join("out-evidence", f"{name.replace(' ', '-')}-{seed}")
+def out_dir(seed, optimizer, name):
+    return os.path.join("out-evidence", f"{name.replace(' ', '-')}-{optimizer}-{seed}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -147,10 +153,10 @@ def costs():
 def losses():
     """The validation loss at 1, 2 and 4 times the trained length, where the model can read that."""
     rows = []
-    for name in VARIANTS:
-        models = [GPT2.from_pretrained(out_dir(name, seed)) for seed in SEEDS]
+    for optimizer, name in itertools.product(OPTIMIZERS, VARIANTS):
+        models = [GPT2.from_pretrained(out_dir(seed, optimizer, name)) for seed in SEEDS]
         config = models[0].config
-        row = [name]
+        row = [optimizer, name]
         for times in (1, 2, 4):
             if times > 1 and not config.rope:
                 row.append("cannot")
@@ -158,7 +164,7 @@ def losses():
             found = [loss_at(model, times * config.block_size) for model in models]
             row.append(f"{statistics.mean(found):.3f} ± {statistics.stdev(found):.3f}")
         rows.append(row)
-    table(["validation loss", "at 64 tokens", "at 128", "at 256"], rows)
+    table(["optimizer", "validation loss", "at 64 tokens", "at 128", "at 256"], rows)
 
 
 @torch.no_grad()
@@ -235,11 +241,11 @@ def process_memory(name):
     return int(found[1]) / 1e3
 
 
-def over_size(shapes=((12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600))):
-    """OpenAI's four sizes. shapes: layers, heads, width."""
+def over_size(sizes=SIZES):
+    """OpenAI's four sizes."""
     rows = []
-    for n_layer, n_head, n_embd in shapes:
-        model = GPT2(GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd), seed=0)
+    for shape in sizes.values():
+        model = GPT2(GPT2Config(**shape), seed=0)
         found = medians({"training": lambda m=model: training(m, 256),
                          "decoding": lambda m=model: decoding(m, 32)})
         parameters = model.num_parameters()
