@@ -103,7 +103,8 @@ def train_all():
     jobs = itertools.product(SEEDS, OPTIMIZERS, VARIANTS)
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda job: train(*job), jobs))
-    plot([out_dir(SEEDS[0], "AdamW", name) for name in VARIANTS],
+    first = next(iter(OPTIMIZERS))
+    plot([out_dir(SEEDS[0], first, name) for name in VARIANTS],
          os.path.join(HERE, "variants.svg"), over="tokens")
 
 
