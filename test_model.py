@@ -3735,6 +3735,7 @@ train    2  --init_from={run} --n_head=4                           n_head=4 cont
 train    2  --init_from=resume --out_dir={run} --n_layer=3         contradicts the checkpoint
 train    2  --init_from=resume --out_dir={run} --muon              muon=True contradicts the checkpoint
 train    2  --init_from=resume --out_dir={run} --size=gpt2         --size has no effect on weights that
+train    2  --min_lr=1                                              --min_lr=1 is above --learning_rate
 train    2  --size=gpt3                                            --size=gpt3 is not one of gpt2, gpt2-
 train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2
 train    1  --init_from={bad}/pickle                               could run code

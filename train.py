@@ -226,6 +226,9 @@ def resolve(typed):
     settings = {**recipe, **saved, **typed, "init_from": source}
     run = Run(**{name: value for name, value in settings.items() if name in RUN})
     shape = {name: value for name, value in settings.items() if name in SHAPE}
+    if run.decay_lr and run.min_lr is not None and run.min_lr > run.learning_rate:
+        raise UsageError(f"--min_lr={run.min_lr:g} is above --learning_rate={run.learning_rate:g}: "
+                         "the learning rate falls to min_lr")
     if not run.eval_only:
         check_accumulation(run)
     return run, shape, checkpoint
@@ -593,9 +596,9 @@ def placed(value, p):
     return tensor
 
 
-def save_state(trainer, tokenizer, content):
+def save_state(trainer, tokenizer, fingerprints):
     """Write the training state. Every process must call it; the main process writes, and holds one
-    whole tensor at a time. content: the fingerprints of the data."""
+    whole tensor at a time. fingerprints: of the data, {split: fingerprint}."""
     run = trainer.run
     tensors = dict(trainer.parameters)
     for i, optimizer in enumerate(trainer.optimizers):
@@ -611,7 +614,7 @@ def save_state(trainer, tokenizer, content):
     settings = {name: value for name, value in asdict(run).items()
                 if "runtime" not in RUN[name].metadata}
     saved = {"state": asdict(trainer.state), "run": settings, "config": asdict(trainer.config),
-             "tokenizer": tokenizer.to_json(), "data": content, "tensors": list(tensors),
+             "tokenizer": tokenizer.to_json(), "data": fingerprints, "tensors": list(tensors),
              "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
              "scaler": trainer.scaler.state_dict()}
     path = f"{run.out_dir}/{STATE}"
@@ -977,17 +980,17 @@ def open_splits(folder, paths, config, checkpoint, run):
     counts = token_counts(folder)
     splits = {split: TokenDataset(paths[split], config.block_size, config.vocab_size,
                                   counts.get(split)) for split in paths}
-    content = {split: data.fingerprint() for split, data in splits.items()}
-    check_same(f"the data in {folder} must be the same in every process", content)
+    fingerprints = {split: data.fingerprint() for split, data in splits.items()}
+    check_same(f"the data in {folder} must be the same in every process", fingerprints)
     if checkpoint and not run.eval_only:
-        for split, now in content.items():
+        for split, now in fingerprints.items():
             before = checkpoint.data.get(split)
             if before != now:
                 raise UserError(f"the {split} data in {folder} has changed since the checkpoint in "
                                 f"{run.out_dir}: it had {before}, now {now}. Restore it, or start "
                                 f"another run from these weights with --init_from={run.out_dir} "
                                 "--out_dir=...")
-    return splits, content
+    return splits, fingerprints
 
 
 def build_model(run, config, weights, device, dtype, compiled):
@@ -1411,8 +1414,9 @@ def not_finite(trainer, what, consequence):
     rate = learning_rate(run, trainer.state.step)
     advice = "There is no checkpoint yet: start again with a lower --learning_rate"
     if trainer.saved_step is not None:
+        lower = max(run.learning_rate / 2, run.min_lr or 0)
         advice = (f"The last checkpoint is of step {trainer.saved_step}. Resume with a lower rate: "
-                  f"{resume_command(run)} --learning_rate={run.learning_rate / 2:g}")
+                  f"{resume_command(run)} --learning_rate={lower:g}")
     return UserError(f"{what} is not finite (learning rate {rate:.3g}). {consequence}. {advice}")
 
 
@@ -1538,7 +1542,7 @@ def train(typed, device, why_device):
         compiled, why_compile = choose_compile(run.compile, device)
     folder, paths, tokenizer = open_data(run)
     config, weights = choose_model(run, shape, checkpoint, tokenizer)
-    splits, content = open_splits(folder, paths, config, checkpoint, run)
+    splits, fingerprints = open_splits(folder, paths, config, checkpoint, run)
     if run.eval_only or run.benchmark:
         checkpoint = None                                        # these look at the exported model
     model = build_model(run, config, weights, device, dtype, compiled)
@@ -1555,10 +1559,10 @@ def train(typed, device, why_device):
     trainer.start()
     if run.benchmark:
         return benchmark(trainer)
-    return run_training(trainer, tokenizer, content)
+    return run_training(trainer, tokenizer, fingerprints)
 
 
-def run_training(trainer, tokenizer, content):
+def run_training(trainer, tokenizer, fingerprints):
     run = trainer.run
     state = trainer.state
     if is_main():
@@ -1573,7 +1577,7 @@ def run_training(trainer, tokenizer, content):
         try:
             if export:
                 save_export(trainer, tokenizer)
-            save_state(trainer, tokenizer, content)
+            save_state(trainer, tokenizer, fingerprints)
         except OSError as error:
             raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
                             f"{run.out_dir}: {error}. The state before it is untouched") from None
