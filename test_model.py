@@ -181,16 +181,17 @@ def child(script, argv, env, folder, log, before):
     SCRIPTS[script].main()
 
 
-def start(script, *argv, ranks=0, folder=None, before=None):
-    """Start `python SCRIPT.py ARGV`, or as many of it as torchrun would (ranks > 0); `before` is
-    called first in each."""
+def start(script, *argv, ranks=0, machines=1, folder=None, before=None):
+    """Start `python SCRIPT.py ARGV`, or as many of it as torchrun would on so many machines
+    (ranks > 0); `before` is called first in each."""
     processes = []
     port = free_port()
     for rank in range(ranks or 1):
         env = {}
         if ranks:
-            env = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks,
-                       MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            local = ranks // machines
+            env = dict(RANK=rank, LOCAL_RANK=rank % local, WORLD_SIZE=ranks,
+                       LOCAL_WORLD_SIZE=local, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             env = {name: str(value) for name, value in env.items()}
         where = folder[rank] if isinstance(folder, list) else folder or LOGS
         log = os.path.join(LOGS, str(next(COUNT)))
@@ -2306,6 +2307,36 @@ def test_stops_where_the_loss_is_not_finite(straight, tmp_path, eval_interval, w
     assert all(math.isfinite(v) for r in curve(out) for v in r.values())
 
 
+def test_a_rising_loss_is_told_once(tmp_path, capsys):
+    """Fails if a finite spike goes unnoticed, is told again, or if noise counts as one."""
+    log = train.Log(train.Run(out_dir=str(tmp_path)), None, 0, False)
+    trainer = SimpleNamespace(state=train.State(), saved_step=50)
+    losses = [3 + 0.1 * (-1) ** i for i in range(150)]           # mean 3, deviation 0.1
+    losses[30] = 9                                               # too early to judge
+    for at in (140, 145):
+        losses[at] = 4.5
+    losses[149] = 3.3
+    for step, loss in enumerate(losses, 1):
+        trainer.state.step = step
+        log.report_spike(trainer, loss)
+    out = capsys.readouterr().out
+    assert out.count("!!!") == 1, out
+    for words in ("step 141: the loss rose to 4.5000", "had 3.0", "last checkpoint is of step 50"):
+        assert words in out
+
+
+def test_trace(data, tmp_path):
+    """Fails if --trace writes no trace that Chrome's viewer opens, of the whole step."""
+    argv = [f"--{k}={v}" for k, v in TINY.items() if not re.match("(eval|log|max)_", k)]
+    argv += [f"--dataset={data}", "--benchmark", f"--trace={tmp_path}/trace.json"]
+    out = run("train", *argv).out
+    assert f"The trace is in {tmp_path}/trace.json" in out
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    names = {event["name"] for event in trace["traceEvents"]}
+    assert {"aten::addmm", "LinearCrossEntropy", "LinearCrossEntropyBackward"} <= names
+    assert any("AdamW" in name for name in names)
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals(data, straight, tmp_path, number, code):
     """Fails if work is lost at Ctrl-C or when a cluster takes the machine back."""
@@ -2619,6 +2650,22 @@ def test_checkpoints_cross_modes(data, alone, tmp_path, first, then, ranks):
     agree(tmp_path, alone / "all")
 
 
+def test_two_machines_share_copies(data, alone, tmp_path):
+    """Fails if HSDP trains otherwise than one process, or if its checkpoints and those of the other
+    modes are not the same."""
+    hsdp = dict(ranks=4, machines=2)
+    how = dict(dataset=data, out_dir=tmp_path, muon=True, **ALL)
+    again = ["--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu"]
+    at_4 = partial(at_step, 4, signal.SIGTERM, "3")
+    at_7 = partial(at_step, 7, signal.SIGTERM, "0")
+    done = run("train", *flags(**how), "--fsdp", "--hsdp", before=at_4, code=143, **hsdp)
+    assert done.out.count("each machine's 2 share a copy") == 1
+    assert "--fsdp=True --hsdp=True" in done.out
+    run("train", *again, "--fsdp", before=at_7, code=143, ranks=2)
+    run("train", *again, "--fsdp", "--hsdp", **hsdp)
+    agree(tmp_path, alone / "all")
+
+
 def weigh(folder):
     """Write down, after a step, the bytes of this process's weights, gradients and optimizer
     state."""
@@ -2725,6 +2772,8 @@ def test_no_copies_of_the_whole(data, tmp_path, ranks):
     (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
     (2, ["--backend=foo"], ["--backend=foo does not work on cpu: use gloo"]),
     (2, ["--device=cuda:1"], ["--device=cuda:1 serves one process"]),
+    (2, ["--hsdp"], ["--hsdp has no effect without --fsdp"]),
+    (2, ["--fsdp", "--hsdp"], ["--hsdp has no effect on one machine"]),
     (2, ["--init_from=resume", "--block_size=16"], ["--block_size=16 contradicts the checkpoint",
                                                     "block_size=32"])])
 def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):

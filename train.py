@@ -12,15 +12,18 @@ What a step computes is a function of the flags, the seed and the step alone.
 Neither the number of processes, nor the mode, nor a stop in between changes it
 (except for the order in which floating point numbers are added).
 """
+import collections
 import contextlib
 import ctypes
 import functools
+import gc
 import json
 import math
 import os
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import textwrap
 import time
@@ -87,11 +90,15 @@ class Run:
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
         runtime=True, at_least=1)
     benchmark: bool = flag(False, "time the parts of a step and exit; writes nothing", runtime=True)
+    trace: str = flag(None, "with --benchmark: write a profiler trace of a step to this file, for "
+                      "chrome://tracing or Perfetto", runtime=True)
     always_save_checkpoint: bool = flag(
         True, "False: export the model only when the validation loss is the best so far")
     log_interval: int = flag(10, "steps between lines in the log and in metrics.jsonl", at_least=1)
     fsdp: bool = flag(
         False, "shard weights, gradients and optimizer over torchrun's processes", runtime=True)
+    hsdp: bool = flag(False, "with --fsdp: shard within each machine, copy across machines",
+                      runtime=True)
     backend: str = flag(None, "torch.distributed backend [nccl on GPUs, else gloo]", runtime=True)
     device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps", runtime=True)
     dtype: str = flag("auto", "auto, float32, bfloat16, float16", runtime=True,
@@ -115,7 +122,7 @@ FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 always_save_checkpoint=False)
 # The flags that have an effect on --eval_only
 EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only",
-              "eval_stride", "fsdp", "backend", "device", "dtype", "compile"}
+              "eval_stride", "fsdp", "hsdp", "backend", "device", "dtype", "compile"}
 OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a number, and multiply "
                  "--gradient_accumulation_steps and --eval_iters by it. Or add --grad_checkpoint, "
                  "or --fsdp under torchrun")
@@ -169,11 +176,15 @@ def parse_command_line():
     if typed.get("benchmark"):
         refuse(typed, ("eval_interval", "eval_iters", "log_interval", "always_save_checkpoint",
                        "max_iters", "tensorboard", "wandb"), "has no effect with --benchmark")
+    else:
+        refuse(typed, ["trace"], "has no effect without --benchmark")
     if not is_distributed():
         refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
         raise UsageError("--fsdp shares one model among several processes: start them with "
                          "torchrun --standalone --nproc_per_node=2 train.py --fsdp")
+    if typed.get("hsdp"):
+        check_machines(typed)
     for package in ("tensorboard", "wandb"):
         if typed.get(package):
             try:
@@ -181,6 +192,18 @@ def parse_command_line():
             except ImportError:
                 raise UsageError(f"--{package} needs a package: pip install {package}") from None
     return typed
+
+
+def check_machines(typed):
+    """Raise UsageError if --hsdp has no effect, or cannot work."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not typed.get("fsdp"):
+        raise UsageError("--hsdp has no effect without --fsdp")
+    if processes == world_size():
+        raise UsageError("--hsdp has no effect on one machine: leave it out")
+    if world_size() % processes:
+        raise UsageError(f"--hsdp needs as many processes on each machine: of {world_size()}, this "
+                         f"one has {processes}")
 
 
 def resolve(typed):
@@ -363,26 +386,26 @@ def sum_over_processes(values, device):
 
 
 @functools.cache
-def device_mesh(device_type):
-    """All processes in a row."""
-    return dist.init_device_mesh(device_type, (world_size(),))
+def device_mesh(device_type, hsdp=False):
+    """All processes in a row; with hsdp one row for each machine."""
+    if not hsdp:
+        return dist.init_device_mesh(device_type, (world_size(),))
+    processes = int(os.environ["LOCAL_WORLD_SIZE"])
+    return dist.init_device_mesh(device_type, (world_size() // processes, processes),
+                                 mesh_dim_names=("machine", "process"))
 
 
-def shard(model, device, fsdp, dtype, compiled):
-    """Shard (FSDP) and compile a model made on the meta device, then allocate its weights."""
-    if fsdp:
+def shard(model, run, device, dtype):
+    """Shard a model made on the meta device if the run uses FSDP, then allocate its weights."""
+    if run.fsdp:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = device_mesh(device.type)
+        mesh = device_mesh(device.type, run.hsdp)
         for block in model.transformer.h:
-            if compiled:
-                block.compile()
             fully_shard(block, mesh=mesh, mp_policy=policy)
         fully_shard(model, mesh=mesh, mp_policy=policy)          # the root holds the embeddings
-    elif compiled:
-        model.compile()
     return model.to_empty(device=device)
 
 
@@ -394,11 +417,10 @@ def wrap(model, fsdp):
 
 
 def set_sync(net, last):
-    """Exchange gradients only in the last batch of a step. To be called before the forward pass."""
+    """Let DDP exchange gradients only in the last batch of a step. To be called before the forward
+    pass. FSDP exchanges them in every batch: else each process would keep them whole."""
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         net.require_backward_grad_sync = last
-    elif hasattr(net, "set_requires_gradient_sync"):
-        net.set_requires_gradient_sync(last)
 
 
 store = None                                     # set by `open_store`
@@ -699,6 +721,8 @@ class Log:
         self.since = self.began = time.monotonic()
         self.path = f"{run.out_dir}/metrics.jsonl"
         self.width = 0
+        self.recent = collections.deque(maxlen=100)              # losses
+        self.spiked = False
         self.tensorboard = None
         self.wandb = None
         if not is_main():
@@ -762,6 +786,23 @@ class Log:
             self.since = time.monotonic()
             self.since_step = step
         self.line(text, stay=due)
+        self.report_spike(trainer, loss)
+
+    def report_spike(self, trainer, loss):
+        """Tell, once in a run, that a loss is far above the 100 before it."""
+        usual = self.recent
+        if len(usual) == usual.maxlen and not self.spiked:
+            mean = statistics.mean(usual)
+            deviation = statistics.stdev(usual)
+            if loss > mean + 10 * deviation:
+                self.spiked = True
+                saved = "no checkpoint is older than it"
+                if trainer.saved_step is not None:
+                    saved = f"the last checkpoint is of step {trainer.saved_step}"
+                self.line(f"!!! step {trainer.state.step:,}: the loss rose to {loss:.4f}; the 100 "
+                          f"steps before it had {mean:.4f} ± {deviation:.4f}. If it does not fall "
+                          f"again, stop and resume with a lower --learning_rate; {saved}")
+        usual.append(loss)
 
     def line(self, text, stay=True):
         """In a terminal each line overwrites the last until stay=True; a log file gets only lines
@@ -997,7 +1038,9 @@ def build_model(run, config, weights, device, dtype, compiled):
     with torch.device("meta"):                                   # no memory for the whole model
         model = GPT2(config)
     model.grad_checkpoint = run.grad_checkpoint
-    model = shard(model, device, run.fsdp, dtype, compiled)
+    for block in model.transformer.h if compiled else []:        # one compilation serves all
+        block.compile()
+    model = shard(model, run, device, dtype)
     parameters = dict(model.named_parameters())
     for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
         fill(parameters[name], whole)
@@ -1009,6 +1052,8 @@ def announce_run(run, config, splits, tokenizer, choices):
     mode = "single: not started by torchrun"
     if is_distributed():
         mode = f"{'fsdp' if run.fsdp else 'ddp'}: torchrun started {world_size()} processes"
+        if run.hsdp:
+            mode += f", each machine's {os.environ['LOCAL_WORLD_SIZE']} share a copy of the model"
     sizes = " and ".join(f"{data.tokens:,} {split}" for split, data in splits.items())
     choices = {**choices, "mode": mode, "data": f"{run.dataset}: {sizes} tokens, vocabulary "
                f"{tokenizer.vocab_size} ({tokenizer.name})"}
@@ -1364,6 +1409,9 @@ def loop(trainer, log, save):
             break
         loss, norm, stopped = train_step(trainer, signals)
         log.step(trainer, loss, norm)
+        if state.step == log.first_step + 3:
+            gc.collect()
+            gc.freeze()                          # or Python would search all that stays, for 0.1 s
     if stopped and trainer.saved_step != state.step:
         save(export=run.always_save_checkpoint)
     return stopped
@@ -1446,6 +1494,19 @@ def benchmark(trainer, steps=10):
     for name, times in seconds.items():
         part = sum(times) / steps
         say(f"  {name:10}{part * 1e3:10.2f} ms{part / step:8.1%}")
+    if trainer.run.trace:
+        write_trace(trainer)
+
+
+def write_trace(trainer):
+    """--trace: profile one more step. The main process writes its own part of it."""
+    with torch.profiler.profile() as profiler:
+        trainer.gradients()
+        trainer.update()
+    if is_main():
+        with atomic_write(trainer.run.trace) as f:
+            profiler.export_chrome_trace(f.name)
+        say(f"The trace is in {trainer.run.trace}")
 
 
 def timed(function, times, device):
@@ -1640,8 +1701,8 @@ def resume_command(run):
         if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
             launcher = "torchrun (with the same options as before)"
     kept = ""
-    for name in ("fsdp", "grad_checkpoint", "dtype", "device", "backend", "compile", "tensorboard",
-                 "wandb"):
+    for name in ("fsdp", "hsdp", "grad_checkpoint", "dtype", "device", "backend", "compile",
+                 "tensorboard", "wandb"):
         if getattr(run, name) != getattr(Run, name):
             kept += f" --{name}={getattr(run, name)}"
     return f"{launcher} train.py --init_from=resume{out_dir_flag(run)}{kept}"
