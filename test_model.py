@@ -3203,6 +3203,15 @@ def test_a_second_signal_ends_a_step_that_hangs(data, tmp_path):
     assert finish([process], timeout=20).codes == [143]
 
 
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_ctrl_c_during_the_imports(tmp_path, script):
+    """Fails if Ctrl-C in the seconds in which torch is imported gives a traceback."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, HERE / f"{script}.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
 def test_text_without_a_line_break(tmp_path, capsys):
     """Fails if the `python sample.py` that train.py suggests does not work for such a model."""
     write_set(tmp_path / "set", "abcd" * 100, "abcd" * 20)

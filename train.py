@@ -26,6 +26,8 @@ import time
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import timedelta
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # no traceback from an import
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
 from data import DATA
 from data.cli import (

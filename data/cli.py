@@ -10,6 +10,7 @@ import difflib
 import math
 import operator
 import os
+import signal
 import sys
 import time
 import typing
@@ -171,6 +172,8 @@ def run_main(main, memory_advice, report=None):
     """
     repair_output()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:    # the script set it, see there
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main() or 0
     except KeyboardInterrupt:
         code = 130
