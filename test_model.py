@@ -2998,8 +2998,8 @@ def test_looking_during_a_save(straight, tmp_path, capsys, disk_calls, exports, 
         same_run(out, straight / "whole")
 
 
-SAVING = ["checkpoint of step 6 cannot be saved in", "File too large"]
-METRICS = ["metrics.jsonl cannot be written"]
+SAVING = ["checkpoint of step 6 cannot be saved in", "File too large", "checkpoint is of step 3"]
+METRICS = ["metrics.jsonl cannot be written", "checkpoint is of step 3"]
 
 
 def files_up_to(size):
@@ -3021,6 +3021,24 @@ def test_disk_full(straight, tmp_path, size, ranks, words):
     assert not list(out.glob("*.part"))
     run("train", *flags(out_dir=out), "--init_from=auto")
     same_run(out, straight / "whole")
+
+
+def no_room_to_draw():
+    def draw(*_):
+        raise OSError(28, "No space left on device")
+    train.draw = draw
+
+
+def test_what_is_left_on_a_full_disk(data, tmp_path):
+    """Fails if a run that failed at its first save names a checkpoint that does not exist, or if a
+    finished one fails for its picture."""
+    out = tmp_path / "out"
+    argv = flags(dataset=data, out_dir=out)
+    done = run("train", *argv, before=partial(files_up_to, 50_000), code=1)
+    one_line(done.err, "step 3 cannot be saved in", "There is no checkpoint of this run yet")
+    done = run("train", *argv, before=no_room_to_draw)
+    assert f"{out}/loss.svg was not drawn: [Errno 28] No space left" in done.out and not done.err
+    assert "Sample with" in done.out
 
 
 def rewrite(path, change):

@@ -683,8 +683,8 @@ class Log:
             while line:
                 line = line[self.file.write(line):]
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error}. The last checkpoint is "
-                            "untouched") from None
+            raise UserError(f"{self.path} cannot be written: {error}. "
+                            f"{last_checkpoint(trainer)}") from None
         if self.wandb:
             self.wandb.log(values, step=step)
         if self.tensorboard:
@@ -1264,11 +1264,19 @@ def train_step(trainer, signals):
 def not_finite(trainer, what, consequence):
     run = trainer.run
     rate = learning_rate(run, trainer.state.step)
-    advice = "There is no checkpoint yet: start again with a lower --learning_rate"
+    advice = "Start again with a lower --learning_rate"
     if trainer.saved_step is not None:
-        advice = (f"The last checkpoint is of step {trainer.saved_step}. Resume with a lower rate: "
-                  f"{resume_command(run)} --learning_rate={run.learning_rate / 2:g}")
-    return UserError(f"{what} is not finite (learning rate {rate:.3g}). {consequence}. {advice}")
+        advice = (f"Resume with a lower rate: {resume_command(run)} "
+                  f"--learning_rate={run.learning_rate / 2:g}")
+    return UserError(f"{what} is not finite (learning rate {rate:.3g}). {consequence}. "
+                     f"{last_checkpoint(trainer)}. {advice}")
+
+
+def last_checkpoint(trainer):
+    """What is left after an error, as a sentence."""
+    if trainer.saved_step is None:
+        return "There is no checkpoint of this run yet"
+    return f"The last checkpoint is of step {trainer.saved_step}"
 
 
 def benchmark(trainer, steps=10):
@@ -1431,12 +1439,11 @@ def run_training(trainer, tokenizer, content):
             save_state(trainer, tokenizer, content)
         except OSError as error:
             raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
-                            f"{run.out_dir}: {error}. The state before it is untouched") from None
+                            f"{run.out_dir}: {error}. {last_checkpoint(trainer)}") from None
         trainer.saved_step = state.step
     stopped = loop(trainer, log, save)
     log.close()
-    if is_main():
-        plot([run.out_dir], f"{run.out_dir}/loss.svg")
+    curves = draw_curves(run.out_dir) if is_main() else ""
     if stopped:
         say(f"\nstopped at step {state.step}, saved in {run.out_dir}. Resume with\n"
             f"    {resume_command(run)}")
@@ -1446,8 +1453,18 @@ def run_training(trainer, tokenizer, content):
             "lower --learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
-        f"The curves are in {run.out_dir}/loss.svg\n"
+        f"{curves}\n"
         f"Sample with\n    python sample.py{out_dir_flag(run)}")
+
+
+def draw_curves(out_dir):
+    """Draw loss.svg. Returns what to say about it: without the picture the run is still good."""
+    path = f"{out_dir}/loss.svg"
+    try:
+        plot([out_dir], path)
+    except (OSError, UserError) as error:
+        return f"{path} was not drawn: {error}"
+    return f"The curves are in {path}"
 
 
 def make_out_dir(out_dir):
