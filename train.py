@@ -37,6 +37,7 @@ from data.cli import (
     check_limits,
     flag,
     flags_in_source,
+    lock,
     parse_flags,
     print_error,
     refuse,
@@ -1426,7 +1427,7 @@ def run_training(trainer, tokenizer, content):
     state = trainer.state
     if is_main():
         make_out_dir(run.out_dir)
-        trainer.lock = lock(run.out_dir)
+        trainer.lock = lock(f"{run.out_dir}/.lock")
         kept = set_aside(run.out_dir) if trainer.saved_step is None else None
         if kept:
             announce("moved", f"the run that was in {run.out_dir} to {kept}")
@@ -1472,24 +1473,6 @@ def make_out_dir(out_dir):
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir} cannot be used ({error}): choose another") from None
-
-
-def lock(out_dir):
-    """Keep other runs out of out_dir as long as the returned file is open: until this process ends,
-    however it ends."""
-    try:
-        import fcntl
-    except ImportError:                                          # Windows
-        return None
-    f = open(f"{out_dir}/.lock", "w")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}: wait until it ends, or choose "
-                        "another --out_dir") from None
-    except OSError:                                              # a disk without locks
-        pass
-    return f
 
 
 def out_dir_flag(run):

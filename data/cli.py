@@ -202,6 +202,21 @@ def repair_output():
         sys.stdout.reconfigure(errors="replace")
 
 
+def lock(path):
+    """Open a file to append bytes to it, and keep other runs out as long as it is open: until this
+    process ends, however it ends."""
+    f = open(path, "ab")
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {path.removesuffix('/.lock')}: wait until it "
+                        "ends, or choose another folder") from None
+    except (ImportError, OSError):                               # Windows, or a disk without locks
+        pass
+    return f
+
+
 def print_error(message):
     print(f"{os.path.basename(sys.argv[0])}: {message}", file=sys.stderr)
 

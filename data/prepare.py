@@ -32,7 +32,16 @@ import numpy as np
 if not __package__:                              # run as a script: the folder above holds `data`
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import DATA
-from data.cli import Progress, UsageError, UserError, flag, parse_flags, refuse, run_main
+from data.cli import (
+    Progress,
+    UsageError,
+    UserError,
+    flag,
+    lock,
+    parse_flags,
+    refuse,
+    run_main,
+)
 from data.download import download, hub_download
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, code_points, replace_surrogates
 
@@ -241,25 +250,41 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     else:
         tokenizer = GPT2Tokenizer()
     pieces = assign_splits(read_all(files, read), sizes, val_frac)
-    part = folder + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
     tokens = {"train": 0, "val": 0}
     progress = Progress(name)
-    with (open(f"{part}/train.bin", "wb") as train,
+    with (new_folder(folder) as part,
+          open(f"{part}/train.bin", "wb") as train,
           open(f"{part}/val.bin", "wb") as val):
         outputs = {"train": train, "val": val}
         for encoded, position in encode_in_threads(pieces, tokenizer):
             for split, ids in encoded.items():
                 if not tokens[split]:                            # no end of text before any text
                     ids = ids[np.cumsum(ids != tokenizer.end_of_text) > 0]
-                ids.astype("<u2").tofile(outputs[split])
+                outputs[split].write(ids.astype("<u2").data)
                 tokens[split] += len(ids)
             progress.show(position, total)
-    Path(part, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+        meta = {**tokenizer.to_json(), "tokens": tokens}
+        Path(part, "meta.json").write_text(json.dumps(meta))
     report(folder, tokens, tokenizer)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield folder.part, to write to. At the end it replaces `folder`; after an error it is
+    removed."""
+    part = folder + ".part"
+    os.makedirs(part, exist_ok=True)
+    with lock(f"{part}/.lock"):
+        try:
+            yield part
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and not error.filename:        # of a write, not of `open`
+                raise UserError(f"{part} cannot be written: {error}") from None
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    os.remove(f"{part}/.lock")                                   # after closing it: Windows
+    os.replace(part, folder)
 
 
 def check_folder(folder):
