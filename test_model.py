@@ -1572,6 +1572,31 @@ def test_cut_downloads_resume(hub, tmp_path, ranges):
     assert files_under(tmp_path) == {"x", *(f"served/{name}" for name in MODEL_FILES)}
 
 
+def test_one_run_at_a_time_downloads(hub, tmp_path):
+    """Fails if two runs append to one file, which destroys it."""
+    path = str(tmp_path / "model.safetensors")
+    with (cli.lock(path + ".part"),
+          pytest.raises(cli.UserError, match="another run is writing to .*safetensors.part")):
+        download.download(hub.address("model.safetensors"), path)
+    download.download(hub.address("model.safetensors"), path)
+    assert pathlib.Path(path).read_bytes() == hub.files["model.safetensors"]
+
+
+def less_room(size, **env):
+    os.environ.update(env)
+    files_up_to(size)
+
+
+def test_a_disk_that_is_full_during_a_download(hub, tmp_path):
+    """Fails if the file is not named, or if the bytes that came are downloaded again."""
+    env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME")}
+    done = run("sample", "--init_from=gpt2", before=partial(less_room, 100_000, **env), code=1)
+    one_line(done.err, "model.safetensors.part cannot be written", "100,000 bytes are kept")
+    GPT2.from_pretrained("gpt2")
+    assert hub.log[-1][2]["Range"] == "bytes=100000-"
+    assert files_under(tmp_path / "home") == {name.removeprefix("home/") for name in CACHED}
+
+
 @pytest.mark.parametrize("failures", [[503], [None, 502, 500]])
 def test_failures_that_pass_are_tried_again(hub, tmp_path, failures):
     """Fails if one overloaded server or one lost connection ends a download."""
@@ -1861,6 +1886,38 @@ def test_prepare_leaves_other_files_alone(tmp_path, capsys):
     for _ in range(2):
         argv = [tmp_path / "mine/input.txt", f"--name={tmp_path}/other", "--tokenizer=char"]
         assert here(capsys, "prepare", *argv)[0] == 0
+
+
+def test_prepare_on_a_full_disk_or_twice_at_once(tmp_path, capsys):
+    """Fails if a full disk is not named or keeps half a data set, or if two preparations of one
+    data set mix their files."""
+    (tmp_path / "in.txt").write_text(TEXT)
+    argv = [tmp_path / "in.txt", f"--name={tmp_path}/set", "--tokenizer=char"]
+    done = run("prepare", *argv, before=partial(files_up_to, 5000), code=1)
+    one_line(done.err, "set.part cannot be written", "File too large")
+    assert os.listdir(tmp_path) == ["in.txt"]
+    (tmp_path / "set.part").mkdir()
+    with cli.lock(f"{tmp_path}/set.part/.lock"):
+        code, _, err = here(capsys, "prepare", *argv)
+        assert code == 1
+        one_line(err, "another run is writing to", "set.part: wait")
+    assert here(capsys, "prepare", *argv)[0] == 0                # a dead one is no obstacle
+    assert files_under(tmp_path) == {"in.txt", *(f"set/{name}" for name in (
+        "train.bin", "val.bin", "meta.json"))}
+
+
+def test_byte_order_marks(tmp_path, capsys):
+    """Fails if a byte order mark becomes a token, or if UTF-16 is taken for a file without text."""
+    path = tmp_path / "in.txt"
+    command = ["prepare", path, f"--name={tmp_path}/set", "--tokenizer=char"]
+    path.write_text(TEXT, encoding="utf-8-sig")
+    assert here(capsys, *command)[0] == 0
+    assert load_tokenizer(f"{tmp_path}/set").characters == "".join(sorted(set(TEXT)))
+    assert sample.read_prompt(f"FILE:{path}") == TEXT
+    path.write_text(TEXT, encoding="utf-16")
+    code, _, err = here(capsys, *command)
+    assert code == 1
+    one_line(err, "in.txt cannot be read", "convert it to UTF-8")
 
 
 @pytest.fixture

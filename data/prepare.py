@@ -11,6 +11,7 @@ train.py knows its name too.
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as in
 nanoGPT) and meta.json (the tokenizer). FineWeb's shards keep llm.c's format.
 """
+import codecs
 import contextlib
 import difflib
 import gzip
@@ -163,7 +164,7 @@ class Piece:
 def open_text(path, mode="rt"):
     """Open a file that may be a .gz. UserError if it turns out to be damaged, or not UTF-8."""
     opener = gzip.open if path.endswith(".gz") else open
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    options = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
     try:
         with opener(path, mode, **options) as f:
             yield f
@@ -174,7 +175,9 @@ def open_text(path, mode="rt"):
 
 def is_binary(path):
     with contextlib.suppress(UserError), open_text(path, "rb") as f:
-        return b"\0" in f.read(1 << 16)
+        start = f.read(1 << 16)
+        utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return b"\0" in start and not utf16
     return False                                 # damaged: `read_all` reports it
 
 
