@@ -1370,12 +1370,13 @@ def test_mutated_checkpoints(tmp_path, examples):
 
 
 @pytest.mark.parametrize("terminal, seconds, percents", [
-    (True, 1, [25, 50, 75, 100]), (True, 0.15, [50, 100]), (True, 0.04, []),
+    (80, 1, [25, 50, 75, 100]), (80, 0.15, [50, 100]), (80, 0.04, []), (20, 1, [25, 50, 75, 100]),
     (False, 12, [25, 50, 75, 100]), (False, 4, [75, 100]), (False, 1, []),
 ])
 def test_progress(monkeypatch, terminal, seconds, percents):
-    """Fails if quick work prints something, a log gets many lines, a line in a terminal of 80
+    """Fails if quick work prints something, a log gets many lines, a line in a terminal of 80 or 20
     columns is wrapped or not overwritten, or the rate or the time left is wrong."""
+    monkeypatch.setenv("COLUMNS", str(int(terminal)))
     clock = itertools.count(step=seconds)
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -1388,7 +1389,7 @@ def test_progress(monkeypatch, terminal, seconds, percents):
         line = f"{30 * 'x'}  {percent * 10:,}.0 of 1,000.0 MB  {250 / seconds:,.1f} MB/s"
         if percent < 100:
             line += f"  {percent:3}%  {seconds * (100 - percent) / 25:.0f} s left"
-        line = line[:79].ljust(79) if terminal else line
+        line = line[:terminal - 1].ljust(terminal - 1) if terminal else line
         expected += line + ("\r" if terminal and percent < 100 else "\n")
     assert sys.stderr.getvalue() == expected
 

@@ -10,6 +10,7 @@ import difflib
 import math
 import operator
 import os
+import shutil
 import signal
 import sys
 import time
@@ -264,7 +265,10 @@ class Progress:
         if size and not self.finished:
             line += f"  {done / size:4.0%}  {(size - done) / rate:,.0f} s left"
         end = "\r" if terminal and not self.finished else "\n"
-        print(line[:79].ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
+        if terminal:
+            width = min(shutil.get_terminal_size().columns, 80) - 1      # a full line would wrap
+            line = line[:width].ljust(width)
+        print(line, end=end, file=sys.stderr, flush=True)
 
     def number(self, count):
         digits = 1 if self.scale > 1 else 0
