@@ -1907,6 +1907,24 @@ def test_prepare_on_a_full_disk_or_twice_at_once(tmp_path, capsys):
         "train.bin", "val.bin", "meta.json"))}
 
 
+def no_home():
+    cache = pathlib.Path(os.environ.pop("TIKTOKEN_CACHE_DIR"))
+    os.environ.update(HOME="/dev/null", TMPDIR="/dev/null")
+    import tiktoken.load
+
+    def download(url):
+        return (cache / hashlib.sha1(url.encode()).hexdigest()).read_bytes()
+    tiktoken.load.read_file = download
+
+
+@needs_bpe
+def test_a_home_that_cannot_be_written(tmp_path):
+    """Fails if GPT-2's tokenizer needs a home folder to keep its files in."""
+    (tmp_path / "in.txt").write_text(TEXT)
+    run("prepare", tmp_path / "in.txt", f"--name={tmp_path}/set", "--val_frac=1", before=no_home)
+    assert read_bin(tmp_path / "set", "val").tolist() == by_hand([TEXT])
+
+
 def test_byte_order_marks(tmp_path, capsys):
     """Fails if a byte order mark becomes a token, or if UTF-16 is taken for a file without text."""
     path = tmp_path / "in.txt"
