@@ -10,10 +10,14 @@ Write text with a trained model.
 import codecs
 import itertools
 import os
+import signal
 import stat
 import sys
 import time
 from dataclasses import dataclass, fields
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # no traceback from an import
 
 import numpy as np
 import torch

@@ -232,7 +232,7 @@ def run(*args, code=0, timeout=60, **how):
 
 def here(capsys, script, *argv):
     """`python SCRIPT.py ARGV` in this process -> (exit code, stdout, stderr)."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     argv_before = sys.argv
     sys.argv = [script + ".py", *map(str, argv)]
@@ -1371,12 +1371,13 @@ def test_mutated_checkpoints(tmp_path, examples):
 
 
 @pytest.mark.parametrize("terminal, seconds, percents", [
-    (True, 1, [25, 50, 75, 100]), (True, 0.15, [50, 100]), (True, 0.04, []),
+    (80, 1, [25, 50, 75, 100]), (80, 0.15, [50, 100]), (80, 0.04, []), (20, 1, [25, 50, 75, 100]),
     (False, 12, [25, 50, 75, 100]), (False, 4, [75, 100]), (False, 1, []),
 ])
 def test_progress(monkeypatch, terminal, seconds, percents):
-    """Fails if quick work prints something, a log gets many lines, a line in a terminal of 80
+    """Fails if quick work prints something, a log gets many lines, a line in a terminal of 80 or 20
     columns is wrapped or not overwritten, or the rate or the time left is wrong."""
+    monkeypatch.setenv("COLUMNS", str(int(terminal)))
     clock = itertools.count(step=seconds)
     monkeypatch.setattr(cli, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     monkeypatch.setattr(sys, "stderr", io.StringIO())
@@ -1389,7 +1390,7 @@ def test_progress(monkeypatch, terminal, seconds, percents):
         line = f"{30 * 'x'}  {percent * 10:,}.0 of 1,000.0 MB  {250 / seconds:,.1f} MB/s"
         if percent < 100:
             line += f"  {percent:3}%  {seconds * (100 - percent) / 25:.0f} s left"
-        line = line[:79].ljust(79) if terminal else line
+        line = line[:terminal - 1].ljust(terminal - 1) if terminal else line
         expected += line + ("\r" if terminal and percent < 100 else "\n")
     assert sys.stderr.getvalue() == expected
 
@@ -1571,6 +1572,31 @@ def test_cut_downloads_resume(hub, tmp_path, ranges):
     assert (tmp_path / "x").read_bytes() == data
     assert [headers["Range"] for host, _, headers in hub.log if host == "localhost"] == wanted
     assert files_under(tmp_path) == {"x", *(f"served/{name}" for name in MODEL_FILES)}
+
+
+def test_one_run_at_a_time_downloads(hub, tmp_path):
+    """Fails if two runs append to one file, which destroys it."""
+    path = str(tmp_path / "model.safetensors")
+    with (cli.lock(path + ".part"),
+          pytest.raises(cli.UserError, match="another run is writing to .*safetensors.part")):
+        download.download(hub.address("model.safetensors"), path)
+    download.download(hub.address("model.safetensors"), path)
+    assert pathlib.Path(path).read_bytes() == hub.files["model.safetensors"]
+
+
+def less_room(size, **env):
+    os.environ.update(env)
+    files_up_to(size)
+
+
+def test_a_disk_that_is_full_during_a_download(hub, tmp_path):
+    """Fails if the file is not named, or if the bytes that came are downloaded again."""
+    env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME")}
+    done = run("sample", "--init_from=gpt2", before=partial(less_room, 100_000, **env), code=1)
+    one_line(done.err, "model.safetensors.part cannot be written", "100,000 bytes are kept")
+    GPT2.from_pretrained("gpt2")
+    assert hub.log[-1][2]["Range"] == "bytes=100000-"
+    assert files_under(tmp_path / "home") == {name.removeprefix("home/") for name in CACHED}
 
 
 @pytest.mark.parametrize("failures", [[503], [None, 502, 500]])
@@ -1862,6 +1888,56 @@ def test_prepare_leaves_other_files_alone(tmp_path, capsys):
     for _ in range(2):
         argv = [tmp_path / "mine/input.txt", f"--name={tmp_path}/other", "--tokenizer=char"]
         assert here(capsys, "prepare", *argv)[0] == 0
+
+
+def test_prepare_on_a_full_disk_or_twice_at_once(tmp_path, capsys):
+    """Fails if a full disk is not named or keeps half a data set, or if two preparations of one
+    data set mix their files."""
+    (tmp_path / "in.txt").write_text(TEXT)
+    argv = [tmp_path / "in.txt", f"--name={tmp_path}/set", "--tokenizer=char"]
+    done = run("prepare", *argv, before=partial(files_up_to, 5000), code=1)
+    one_line(done.err, "set.part cannot be written", "File too large")
+    assert os.listdir(tmp_path) == ["in.txt"]
+    (tmp_path / "set.part").mkdir()
+    with cli.lock(f"{tmp_path}/set.part/.lock"):
+        code, _, err = here(capsys, "prepare", *argv)
+        assert code == 1
+        one_line(err, "another run is writing to", "set.part: wait")
+    assert here(capsys, "prepare", *argv)[0] == 0                # a dead one is no obstacle
+    assert files_under(tmp_path) == {"in.txt", *(f"set/{name}" for name in (
+        "train.bin", "val.bin", "meta.json"))}
+
+
+def no_home():
+    cache = pathlib.Path(os.environ.pop("TIKTOKEN_CACHE_DIR"))
+    os.environ.update(HOME="/dev/null", TMPDIR="/dev/null")
+    import tiktoken.load
+
+    def download(url):
+        return (cache / hashlib.sha1(url.encode()).hexdigest()).read_bytes()
+    tiktoken.load.read_file = download
+
+
+@needs_bpe
+def test_a_home_that_cannot_be_written(tmp_path):
+    """Fails if GPT-2's tokenizer needs a home folder to keep its files in."""
+    (tmp_path / "in.txt").write_text(TEXT)
+    run("prepare", tmp_path / "in.txt", f"--name={tmp_path}/set", "--val_frac=1", before=no_home)
+    assert read_bin(tmp_path / "set", "val").tolist() == by_hand([TEXT])
+
+
+def test_byte_order_marks(tmp_path, capsys):
+    """Fails if a byte order mark becomes a token, or if UTF-16 is taken for a file without text."""
+    path = tmp_path / "in.txt"
+    command = ["prepare", path, f"--name={tmp_path}/set", "--tokenizer=char"]
+    path.write_text(TEXT, encoding="utf-8-sig")
+    assert here(capsys, *command)[0] == 0
+    assert load_tokenizer(f"{tmp_path}/set").characters == "".join(sorted(set(TEXT)))
+    assert sample.read_prompt(f"FILE:{path}") == TEXT
+    path.write_text(TEXT, encoding="utf-16")
+    code, _, err = here(capsys, *command)
+    assert code == 1
+    one_line(err, "in.txt cannot be read", "convert it to UTF-8")
 
 
 @pytest.fixture
@@ -2349,6 +2425,33 @@ def test_signals(data, straight, tmp_path, number, code):
     assert len(curve(out)) == 2 + 5 and train.Checkpoint(str(out)).state.step == 5
     run("train", "--init_from=resume", f"--out_dir={out}", "--device=cpu")
     same_run(out, straight / "whole")
+
+
+def close_terminal(step):
+    """`before` of a process: it runs in a terminal that is closed while it computes `step`."""
+    import pty
+    master, slave = pty.openpty()
+    for stream in (1, 2):
+        os.dup2(slave, stream)
+    os.close(slave)
+    sys.stdout = open(1, "w", buffering=1, closefd=False)
+    gradients = train.Trainer.gradients
+
+    def hooked(self):
+        if self.state.step + 1 == step:
+            os.close(master)
+            os.kill(os.getpid(), signal.SIGHUP)
+        return gradients(self)
+    train.Trainer.gradients = hooked
+
+
+def test_a_closed_terminal(data, straight, tmp_path):
+    """Fails if steps are lost when a terminal is closed or a connection breaks."""
+    run("train", *flags(dataset=data, dropout=0.1, out_dir=tmp_path),
+        before=partial(close_terminal, 5), code=143)
+    assert train.Checkpoint(str(tmp_path)).state.step == 5
+    run("train", "--init_from=resume", f"--out_dir={tmp_path}", "--device=cpu")
+    same_run(tmp_path, straight / "whole")
 
 
 def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
@@ -3162,8 +3265,8 @@ def test_looking_during_a_save(straight, tmp_path, capsys, disk_calls, exports, 
         same_run(out, straight / "whole")
 
 
-SAVING = ["checkpoint of step 6 cannot be saved in", "File too large"]
-METRICS = ["metrics.jsonl cannot be written"]
+SAVING = ["checkpoint of step 6 cannot be saved in", "File too large", "checkpoint is of step 3"]
+METRICS = ["metrics.jsonl cannot be written", "checkpoint is of step 3"]
 
 
 def files_up_to(size):
@@ -3185,6 +3288,24 @@ def test_disk_full(straight, tmp_path, size, ranks, words):
     assert not list(out.glob("*.part"))
     run("train", *flags(out_dir=out), "--init_from=auto")
     same_run(out, straight / "whole")
+
+
+def no_room_to_draw():
+    def draw(*_):
+        raise OSError(28, "No space left on device")
+    train.draw = draw
+
+
+def test_what_is_left_on_a_full_disk(data, tmp_path):
+    """Fails if a run that failed at its first save names a checkpoint that does not exist, or if a
+    finished one fails for its picture."""
+    out = tmp_path / "out"
+    argv = flags(dataset=data, out_dir=out)
+    done = run("train", *argv, before=partial(files_up_to, 50_000), code=1)
+    one_line(done.err, "step 3 cannot be saved in", "There is no checkpoint of this run yet")
+    done = run("train", *argv, before=no_room_to_draw)
+    assert f"{out}/loss.svg was not drawn: [Errno 28] No space left" in done.out and not done.err
+    assert "Sample with" in done.out
 
 
 def rewrite(path, change):
@@ -3365,6 +3486,15 @@ def test_a_second_signal_ends_a_step_that_hangs(data, tmp_path):
         time.sleep(2.2)
         os.kill(process.pid, signal.SIGTERM)
     assert finish([process], timeout=20).codes == [143]
+
+
+@pytest.mark.parametrize("script", ["train", "sample"])
+def test_ctrl_c_during_the_imports(tmp_path, script):
+    """Fails if Ctrl-C in the seconds in which torch is imported gives a traceback."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    done = subprocess.run([sys.executable, HERE / f"{script}.py"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 def test_text_without_a_line_break(tmp_path, capsys):

@@ -30,6 +30,8 @@ import time
 from dataclasses import asdict, astuple, dataclass, fields
 from datetime import timedelta
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # no traceback from an import
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
 from data import DATA
 from data.cli import (
@@ -39,6 +41,7 @@ from data.cli import (
     check_limits,
     flag,
     flags_in_source,
+    lock,
     parse_flags,
     print_error,
     refuse,
@@ -747,8 +750,8 @@ class Log:
             while line:
                 line = line[self.file.write(line):]
         except OSError as error:
-            raise UserError(f"{self.path} cannot be written: {error}. The last checkpoint is "
-                            "untouched") from None
+            raise UserError(f"{self.path} cannot be written: {error}. "
+                            f"{last_checkpoint(trainer)}") from None
         if self.wandb:
             self.wandb.log(values, step=step)
         if self.tensorboard:
@@ -796,12 +799,10 @@ class Log:
             deviation = statistics.stdev(usual)
             if loss > mean + 10 * deviation:
                 self.spiked = True
-                saved = "no checkpoint is older than it"
-                if trainer.saved_step is not None:
-                    saved = f"the last checkpoint is of step {trainer.saved_step}"
                 self.line(f"!!! step {trainer.state.step:,}: the loss rose to {loss:.4f}; the 100 "
                           f"steps before it had {mean:.4f} ± {deviation:.4f}. If it does not fall "
-                          f"again, stop and resume with a lower --learning_rate; {saved}")
+                          "again, stop and resume with a lower --learning_rate. "
+                          f"{last_checkpoint(trainer)}")
         usual.append(loss)
 
     def line(self, text, stay=True):
@@ -1375,20 +1376,29 @@ def learning_rate(run, step):
 
 
 class StopSignals:
-    """Ctrl-C and SIGTERM let the step finish. Another one, two seconds later or more, exits at once
-    (torchrun passes a Ctrl-C on a second time right away)."""
+    """Ctrl-C, SIGTERM and a terminal that closes let the step finish. Another signal, two seconds
+    later or more, exits at once (torchrun passes a Ctrl-C on a second time right away)."""
 
     def __init__(self):
         self.received = 0
         self.deadline = math.inf
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.handle)
+        hangup = getattr(signal, "SIGHUP", None)                 # not on Windows
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:      # as nohup sets it
+            signal.signal(hangup, self.hang_up)
 
     def handle(self, number, frame):
         if time.monotonic() > self.deadline:
             os._exit(128 + number)
         self.received = number
         self.deadline = min(self.deadline, time.monotonic() + 2)
+
+    def hang_up(self, number, frame):
+        """The terminal is gone: printing to it would fail before the checkpoint is saved."""
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+        self.handle(signal.SIGTERM, frame)
 
 
 def loop(trainer, log, save):
@@ -1460,12 +1470,19 @@ def train_step(trainer, signals):
 def not_finite(trainer, what, consequence):
     run = trainer.run
     rate = learning_rate(run, trainer.state.step)
-    advice = "There is no checkpoint yet: start again with a lower --learning_rate"
+    advice = "Start again with a lower --learning_rate"
     if trainer.saved_step is not None:
         lower = max(run.learning_rate / 2, run.min_lr or 0)
-        advice = (f"The last checkpoint is of step {trainer.saved_step}. Resume with a lower rate: "
-                  f"{resume_command(run)} --learning_rate={lower:g}")
-    return UserError(f"{what} is not finite (learning rate {rate:.3g}). {consequence}. {advice}")
+        advice = f"Resume with a lower rate: {resume_command(run)} --learning_rate={lower:g}"
+    return UserError(f"{what} is not finite (learning rate {rate:.3g}). {consequence}. "
+                     f"{last_checkpoint(trainer)}. {advice}")
+
+
+def last_checkpoint(trainer):
+    """What is left after an error, as a sentence."""
+    if trainer.saved_step is None:
+        return "There is no checkpoint of this run yet"
+    return f"The last checkpoint is of step {trainer.saved_step}"
 
 
 def benchmark(trainer, steps=10):
@@ -1628,7 +1645,7 @@ def run_training(trainer, tokenizer, fingerprints):
     state = trainer.state
     if is_main():
         make_out_dir(run.out_dir)
-        trainer.lock = lock(run.out_dir)
+        trainer.lock = lock(f"{run.out_dir}/.lock")
         kept = set_aside(run.out_dir) if trainer.saved_step is None else None
         if kept:
             announce("moved", f"the run that was in {run.out_dir} to {kept}")
@@ -1641,12 +1658,11 @@ def run_training(trainer, tokenizer, fingerprints):
             save_state(trainer, tokenizer, fingerprints)
         except OSError as error:
             raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
-                            f"{run.out_dir}: {error}. The state before it is untouched") from None
+                            f"{run.out_dir}: {error}. {last_checkpoint(trainer)}") from None
         trainer.saved_step = state.step
     stopped = loop(trainer, log, save)
     log.close()
-    if is_main():
-        plot([run.out_dir], f"{run.out_dir}/loss.svg")
+    curves = draw_curves(run.out_dir) if is_main() else ""
     if stopped:
         say(f"\nstopped at step {state.step}, saved in {run.out_dir}. Resume with\n"
             f"    {resume_command(run)}")
@@ -1656,8 +1672,18 @@ def run_training(trainer, tokenizer, fingerprints):
             "lower --learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
-        f"The curves are in {run.out_dir}/loss.svg\n"
+        f"{curves}\n"
         f"Sample with\n    python sample.py{out_dir_flag(run)}")
+
+
+def draw_curves(out_dir):
+    """Draw loss.svg. Returns what to say about it: without the picture the run is still good."""
+    path = f"{out_dir}/loss.svg"
+    try:
+        plot([out_dir], path)
+    except (OSError, UserError) as error:
+        return f"{path} was not drawn: {error}"
+    return f"The curves are in {path}"
 
 
 def make_out_dir(out_dir):
@@ -1665,24 +1691,6 @@ def make_out_dir(out_dir):
         os.makedirs(out_dir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out_dir={out_dir} cannot be used ({error}): choose another") from None
-
-
-def lock(out_dir):
-    """Keep other runs out of out_dir as long as the returned file is open: until this process ends,
-    however it ends."""
-    try:
-        import fcntl
-    except ImportError:                                          # Windows
-        return None
-    f = open(f"{out_dir}/.lock", "w")
-    try:
-        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}: wait until it ends, or choose "
-                        "another --out_dir") from None
-    except OSError:                                              # a disk without locks
-        pass
-    return f
 
 
 def out_dir_flag(run):

@@ -10,6 +10,8 @@ import difflib
 import math
 import operator
 import os
+import shutil
+import signal
 import sys
 import time
 import typing
@@ -171,6 +173,8 @@ def run_main(main, memory_advice, report=None):
     """
     repair_output()
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:    # the script set it, see there
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code = main() or 0
     except KeyboardInterrupt:
         code = 130
@@ -197,6 +201,21 @@ def repair_output():
             setattr(sys, name, open(os.devnull, "w"))
     if hasattr(sys.stdout, "reconfigure"):                  # a notebook's stdout has no such method
         sys.stdout.reconfigure(errors="replace")
+
+
+def lock(path):
+    """Open a file to append bytes to it, and keep other runs out as long as it is open: until this
+    process ends, however it ends."""
+    f = open(path, "ab")
+    try:
+        import fcntl
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {path.removesuffix('/.lock')}: wait until it "
+                        "ends, or choose another folder") from None
+    except (ImportError, OSError):                               # Windows, or a disk without locks
+        pass
+    return f
 
 
 def print_error(message):
@@ -246,7 +265,10 @@ class Progress:
         if size and not self.finished:
             line += f"  {done / size:4.0%}  {(size - done) / rate:,.0f} s left"
         end = "\r" if terminal and not self.finished else "\n"
-        print(line[:79].ljust(79) if terminal else line, end=end, file=sys.stderr, flush=True)
+        if terminal:
+            width = min(shutil.get_terminal_size().columns, 80) - 1      # a full line would wrap
+            line = line[:width].ljust(width)
+        print(line, end=end, file=sys.stderr, flush=True)
 
     def number(self, count):
         digits = 1 if self.scale > 1 else 0

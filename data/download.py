@@ -12,7 +12,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
-from data.cli import Progress
+from data.cli import Progress, UserError, lock
 
 
 def hub_file(repo, name):
@@ -71,6 +71,11 @@ def download(url, path, sha256=None, token=None, show=None):
         problem = type(error).__name__
         raise ConnectionError(f"{url}: the connection failed ({problem}). "
                               + connection_advice(problem, path, part)) from None
+    except ConnectionError:                                      # of the server's answer
+        raise
+    except OSError as error:
+        raise UserError(f"{part} cannot be written: {error}. {bytes_in(part):,} bytes are kept: "
+                        "make room, and run it again to continue") from None
     expected = sha256 or announced
     if expected is None:
         print(f"{os.path.basename(path)}: the server announces no hash; only the size was checked",
@@ -118,7 +123,9 @@ def fetch(session, url, part, show):
         if size is None and re.fullmatch(r"[0-9]{1,15}", length):
             size = have + int(length)
         show(have, size)
-        with open(part, "ab" if have else "wb") as f:
+        with lock(part) as f:                                    # one run at a time appends
+            if have == 0:
+                f.truncate(0)
             for chunk in reply.iter_content(1 << 16):
                 f.write(chunk)
                 have += len(chunk)

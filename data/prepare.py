@@ -11,6 +11,7 @@ train.py knows its name too.
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as in
 nanoGPT) and meta.json (the tokenizer). FineWeb's shards keep llm.c's format.
 """
+import codecs
 import contextlib
 import difflib
 import gzip
@@ -32,7 +33,16 @@ import numpy as np
 if not __package__:                              # run as a script: the folder above holds `data`
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import DATA
-from data.cli import Progress, UsageError, UserError, flag, parse_flags, refuse, run_main
+from data.cli import (
+    Progress,
+    UsageError,
+    UserError,
+    flag,
+    lock,
+    parse_flags,
+    refuse,
+    run_main,
+)
 from data.download import download, hub_download
 from data.tokenizer import CharTokenizer, GPT2Tokenizer, code_points, replace_surrogates
 
@@ -154,7 +164,7 @@ class Piece:
 def open_text(path, mode="rt"):
     """Open a file that may be a .gz. UserError if it turns out to be damaged, or not UTF-8."""
     opener = gzip.open if path.endswith(".gz") else open
-    options = {} if "b" in mode else {"encoding": "utf-8", "newline": ""}
+    options = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
     try:
         with opener(path, mode, **options) as f:
             yield f
@@ -165,7 +175,9 @@ def open_text(path, mode="rt"):
 
 def is_binary(path):
     with contextlib.suppress(UserError), open_text(path, "rb") as f:
-        return b"\0" in f.read(1 << 16)
+        start = f.read(1 << 16)
+        utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return b"\0" in start and not utf16
     return False                                 # damaged: `read_all` reports it
 
 
@@ -241,25 +253,41 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     else:
         tokenizer = GPT2Tokenizer()
     pieces = assign_splits(read_all(files, read), sizes, val_frac)
-    part = folder + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
     tokens = {"train": 0, "val": 0}
     progress = Progress(name)
-    with (open(f"{part}/train.bin", "wb") as train,
+    with (new_folder(folder) as part,
+          open(f"{part}/train.bin", "wb") as train,
           open(f"{part}/val.bin", "wb") as val):
         outputs = {"train": train, "val": val}
         for encoded, position in encode_in_threads(pieces, tokenizer):
             for split, ids in encoded.items():
                 if not tokens[split]:                            # no end of text before any text
                     ids = ids[np.cumsum(ids != tokenizer.end_of_text) > 0]
-                ids.astype("<u2").tofile(outputs[split])
+                outputs[split].write(ids.astype("<u2").data)
                 tokens[split] += len(ids)
             progress.show(position, total)
-    Path(part, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(part, folder)
+        meta = {**tokenizer.to_json(), "tokens": tokens}
+        Path(part, "meta.json").write_text(json.dumps(meta))
     report(folder, tokens, tokenizer)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield folder.part, to write to. At the end it replaces `folder`; after an error it is
+    removed."""
+    part = folder + ".part"
+    os.makedirs(part, exist_ok=True)
+    with lock(f"{part}/.lock"):
+        try:
+            yield part
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            if isinstance(error, OSError) and not error.filename:        # of a write, not of `open`
+                raise UserError(f"{part} cannot be written: {error}") from None
+            raise
+        shutil.rmtree(folder, ignore_errors=True)
+    os.remove(f"{part}/.lock")                                   # after closing it: Windows
+    os.replace(part, folder)
 
 
 def check_folder(folder):

@@ -4,6 +4,7 @@ Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of chara
 A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "gpt2"}, or
 {"tokenizer": "char", "characters": "...", "end_of_text": id or null}.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -154,7 +155,10 @@ def gpt2_bpe():
     import tiktoken
     # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
     if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
-        os.environ["TIKTOKEN_CACHE_DIR"] = os.path.expanduser("~/.cache/tiktoken")
+        folder = os.path.expanduser("~/.cache/tiktoken")
+        with contextlib.suppress(OSError):                       # a home that cannot be written
+            os.makedirs(folder, exist_ok=True)
+            os.environ["TIKTOKEN_CACHE_DIR"] = folder
     try:
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError, ValueError) as error:
