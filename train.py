@@ -53,7 +53,8 @@ class Run:
     never taken from a checkpoint."""
     init_from: str = flag(
         "scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a checkpoint", runtime=True)
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a model of the hub (owner/name), a "
+        "folder with a checkpoint, or a ckpt.pt of nanoGPT", runtime=True)
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
@@ -129,18 +130,18 @@ from data.loader import EndlessSampler, TokenDataset, find_data, token_counts
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model import (
     GPT2,
-    SIZES,
+    SOURCES,
     GPT2Config,
     atomic_write,
     choose_compile,
     choose_device,
     choose_dtype,
-    config_to_json,
     convert,
+    is_pretrained,
     read_pretrained,
     read_safetensors,
+    write_model,
     write_safetensors,
-    write_weights,
 )
 
 SHAPE = {f.name: f for f in fields(GPT2Config)}
@@ -191,17 +192,16 @@ def resolve(typed):
             raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
                             + advice_on_old_layout(asked.out_dir))
         source = "resume" if found else "scratch"
-    elif source != "scratch" and source not in SIZES and not os.path.isdir(source):
-        raise UsageError(f"--init_from={source} is not scratch, resume, auto, one of "
-                         f"{', '.join(SIZES)}, or a folder")
+    elif source != "scratch" and not is_pretrained(source):
+        raise UsageError(f"--init_from={source} is not scratch, resume, auto, {SOURCES}")
     checkpoint = None
     saved = {}
     recipe = FINETUNE
     if source == "scratch":
         recipe = SCRATCH
         if asked.eval_only:
-            raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
-                             f"folder or one of {', '.join(SIZES)}")
+            raise UsageError("--eval_only would measure random weights: add --init_from=resume, "
+                             f"{SOURCES}")
     elif source == "resume":
         recipe = {}
         checkpoint = Checkpoint(asked.out_dir)
@@ -598,16 +598,8 @@ def save_export(trainer, tokenizer):
     whole = map(gathered, trainer.parameters.values())
     if not is_main():
         return exhaust(whole)
-    out_dir = trainer.run.out_dir
-    write_json(f"{out_dir}/config.json", config_to_json(trainer.config))
-    write_json(f"{out_dir}/meta.json", tokenizer.to_json())
-    write_weights(f"{out_dir}/model.safetensors", trainer.parameters, whole,
-                  {"step": str(trainer.state.step)})
-
-
-def write_json(path, content):
-    with atomic_write(path) as f:
-        f.write(json.dumps(content, indent=2).encode())
+    write_model(trainer.run.out_dir, trainer.config, whole, tokenizer,
+                {"step": str(trainer.state.step)})
 
 
 def exhaust(tensors):
@@ -620,8 +612,9 @@ def set_aside(out_dir):
     """Move the run that a new one would overwrite into the first free out_dir/run-N. Returns that
     folder, None if there is no run. The state goes first, so that half of a run is never resumed,
     and the weights last: as long as they are here, the next call finishes an interrupted move."""
-    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "metrics.jsonl",
-             "loss.svg", "tensorboard", "model.safetensors"]
+    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "tokenizer.json",
+             "tokenizer_config.json", "vocab.json", "merges.txt", "metrics.jsonl", "loss.svg",
+             "tensorboard", "model.safetensors"]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
     if STATE not in here and "model.safetensors" not in here:
         return None
@@ -917,13 +910,13 @@ def choose_model(run, shape, checkpoint, tokenizer):
         with usage_errors():
             config = GPT2Config(**shape)
     else:                                                        # the exported model
-        if source in SIZES:
+        if not os.path.exists(source):                           # it is downloaded
             main_first(lambda: read_pretrained(source))
         trained_with = load_tokenizer(source)
-        saved_config, weights = read_pretrained(source)
+        saved_config, weights, notes = read_pretrained(source)
         with usage_errors():
             config, weights, changes = convert(saved_config, weights, shape)
-        for change in changes:
+        for change in notes + changes:
             announce("changed", change)
     if trained_with.to_json() != tokenizer.to_json():
         raise UserError(f"{source} uses {trained_with.name} tokens, vocabulary "

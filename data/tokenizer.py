@@ -2,7 +2,8 @@
 Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of characters.
 
 A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "gpt2"}, or
-{"tokenizer": "char", "characters": "...", "end_of_text": id or null}.
+{"tokenizer": "char", "characters": "...", "end_of_text": id or null}. Beside a checkpoint are also
+the files from which transformers makes the same tokenizer.
 """
 import functools
 import hashlib
@@ -28,11 +29,29 @@ class Tokenizer:
 
     def known(self, ids):
         """The ids below vocab_size: a model's vocabulary may be rounded up."""
-        return [i for i in ids if i < self.vocab_size]
+        return [int(i) for i in ids if i < self.vocab_size]
+
+    def encode_prompt(self, text):
+        """-> uint16 array. Unlike in `encode`, <|endoftext|> is the token, if there is one."""
+        if self.end_of_text is None:
+            return self.encode(text)
+        parts = []
+        for part in text.split("<|endoftext|>"):
+            parts += [np.array([self.end_of_text], dtype=np.uint16), self.encode(part)]
+        return np.concatenate(parts[1:])
+
+    def files(self):
+        """{name: bytes} of the files that belong beside a checkpoint: for us, and transformers'."""
+        end_of_text = "<|endoftext|>" if self.end_of_text is not None else None
+        config = {"tokenizer_class": self.transformers_class, "bos_token": end_of_text,
+                  "eos_token": end_of_text, "clean_up_tokenization_spaces": False}
+        contents = {"meta.json": self.to_json(), "tokenizer_config.json": config}
+        return {name: json.dumps(content).encode() for name, content in contents.items()}
 
 
 class GPT2Tokenizer(Tokenizer):
     name = "gpt2"
+    transformers_class = "GPT2Tokenizer"
     vocab_size = 50257
     end_of_text = 50256
 
@@ -65,9 +84,20 @@ class GPT2Tokenizer(Tokenizer):
     def to_json(self):
         return {"tokenizer": "gpt2"}
 
+    def files(self):
+        """The two tables are copied from tiktoken's cache, if they are in it: a run does not wait
+        for a download."""
+        files = super().files()
+        for name, path in zip(("merges.txt", "vocab.json"), bpe_cache().values(), strict=True):
+            if os.path.exists(path):
+                with open(path, "rb") as f:
+                    files[name] = f.read()
+        return files
+
 
 class CharTokenizer(Tokenizer):
     name = "char"
+    transformers_class = "PreTrainedTokenizerFast"
 
     def __init__(self, characters, end_of_text=None):
         """characters: a text with each character once; its place is its id. end_of_text: None, or
@@ -113,6 +143,22 @@ class CharTokenizer(Tokenizer):
     def to_json(self):
         return {"tokenizer": "char", "characters": self.characters, "end_of_text": self.end_of_text}
 
+    def files(self):
+        special = []
+        if self.end_of_text is not None:
+            special = [{"id": self.end_of_text, "content": "<|endoftext|>", "special": True,
+                        "single_word": False, "lstrip": False, "rstrip": False,
+                        "normalized": False}]
+        each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                "invert": False}
+        vocab = {character: i for i, character in enumerate(self.characters)}
+        # Without the unknown token [UNK] a character that is not in the table is an error.
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+        saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+                 "normalizer": None, "pre_tokenizer": each, "post_processor": None,
+                 "decoder": {"type": "Fuse"}, "model": model}
+        return {**super().files(), "tokenizer.json": json.dumps(saved).encode()}
+
 
 def tokenizer_from_json(meta):
     """The tokenizer with this to_json(). ValueError, KeyError or TypeError if it is damaged."""
@@ -124,7 +170,9 @@ def tokenizer_from_json(meta):
 
 
 def load_tokenizer(folder):
-    """The tokenizer in folder/meta.json; GPT-2's where there is none."""
+    """The tokenizer in folder/meta.json, or beside a file; GPT-2's where there is none."""
+    if os.path.isfile(folder):
+        folder = os.path.dirname(folder) or "."
     path = f"{folder}/meta.json"
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
@@ -148,18 +196,26 @@ def replace_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def bpe_cache():
+    """{address: path in tiktoken's cache} of GPT-2's tables: the merges and the vocabulary."""
+    # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
+    if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
+        os.environ["TIKTOKEN_CACHE_DIR"] = os.path.expanduser("~/.cache/tiktoken")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR"))
+    addresses = [BPE_URL + "vocab.bpe", BPE_URL + "encoder.json"]
+    return {address: os.path.join(folder, hashlib.sha1(address.encode()).hexdigest())
+            for address in addresses}
+
+
 @functools.cache
 def gpt2_bpe():
     import requests
     import tiktoken
-    # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
-    if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
-        os.environ["TIKTOKEN_CACHE_DIR"] = os.path.expanduser("~/.cache/tiktoken")
+    cache = bpe_cache()
     try:
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError, ValueError) as error:
-        files = [f"{BPE_URL}{name} as {hashlib.sha1((BPE_URL + name).encode()).hexdigest()}"
-                 for name in ("vocab.bpe", "encoder.json")]
+        files = [f"{address} as {os.path.basename(path)}" for address, path in cache.items()]
         raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded "
                               f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR "
                               "to a folder with two files: "
