@@ -1110,7 +1110,7 @@ def weight_files(name):
             files = sorted(set(json.load(f)["weight_map"].values()))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             files = []
-    if not files or not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", file) for file in files):
+    if not files or not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(f)) for f in files):
         raise ValueError(f"{path} is damaged: its weight_map must name .safetensors files")
     return [find_file(name, file) for file in files]
 

@@ -360,7 +360,7 @@ def test_config_comes_back_from_json(flags):
     base = dict(rope_theta=500.0) if flags.get("rope") else {}
     config = small_config(dropout=0.1, **flags, **base)
     saved = json.loads(json.dumps(model_py.config_to_json(config)))
-    assert model_py.config_from_json(saved) == config
+    assert model_py.config_from_json(saved)[0] == config
 
 
 @pytest.mark.parametrize("wrong, words", [
@@ -824,7 +824,7 @@ def test_generate_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("wrong", [
     dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0),
     dict(top_p=0), dict(top_p=1.1), dict(max_new_tokens=-1), dict(idx=tokens(1, 0)),
-    dict(idx=tokens(3))], ids=str)
+    dict(idx=tokens(1, 2, 3))], ids=str)
 def test_generate_refuses(wrong):
     """Fails if a value out of range samples nonsense or dies in a tensor operation."""
     arguments = dict(idx=tokens(1, 3), max_new_tokens=2) | wrong
@@ -986,7 +986,7 @@ def test_dialects_of_the_same_checkpoint(tmp_path, dtype, prefix):
     expected = theirs.float()(idx).logits
     assert_close(ours(idx)[0], expected, 1e-4 * expected.std())
     write_folder(tmp_path, tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, config)
-    with pytest.raises(ValueError, match="lm_head.weight differs from wte.weight"):
+    with pytest.raises(ValueError, match="lm_head.weight differs from the token"):
         GPT2.from_pretrained(tmp_path)
     twice = {"transformer.ln_f.bias": torch.zeros(24), "ln_f.bias": torch.zeros(24)}
     write_folder(tmp_path, tensors | twice, config)
@@ -1023,13 +1023,13 @@ class InventedConfig(GPT2Config):
 @torch.no_grad()
 @pytest.mark.parametrize("field", [f for f in fields(InventedConfig) if f.type is bool],
                          ids=lambda field: field.name)
-def test_transformers_refuses_a_variant_or_agrees(tmp_path, field):
+def test_others_refuse_a_model_or_agree(tmp_path, field):
     """Fails if transformers loads a model with any boolean changed and computes something else, or
-    refuses one that is plain GPT-2."""
+    refuses one that a stock architecture computes."""
     config = InventedConfig(16, 61, 2, 6, 48, **{field.name: not field.default})
     model = loud(GPT2(config, seed=0), 12)
     model.save_pretrained(tmp_path)
-    if "in_gpt2" in field.metadata:
+    if field.name not in ("sliding_window", "invented"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         expected = model(tokens(2, 16))[0]
         assert_close(theirs(tokens(2, 16)).logits, expected, 1e-4 * expected.std())
@@ -1039,11 +1039,216 @@ def test_transformers_refuses_a_variant_or_agrees(tmp_path, field):
             reader.from_pretrained(tmp_path)
 
 
+STOCK = [flags | more for flags in MATRIX[:8] for more in ({}, dict(bias=False))
+         if flags["rope"] or not flags["sliding_window"]]
+STOCK += [dict(rope=True, rope_theta=500.0, gqa=True, n_kv_head=6), dict(gqa=True, n_kv_head=1),
+          dict(rope=True, n_head=4, sliding_window=True, window_size=16, flash=False)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", STOCK, ids=setting_id)
+def test_transformers_computes_the_same(tmp_path, flags):
+    """Fails if a flag is lost or changed on the way to a stock architecture, or does not come back
+    to the bit; or if config.json tells other tools anything that is not so."""
+    model = small_model(**flags)
+    model.save_pretrained(tmp_path)
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs.config.model_type == ("starcoder2" if flags.get("rope") else "gpt2")
+    assert theirs.config.max_position_embeddings == 16 and theirs.config.eos_token_id is None
+    length = 40 if flags.get("rope") else 16                     # longer than the window
+    idx = tokens(5, length)
+    expected = model(idx)[0]
+    assert_close(theirs(idx).logits, expected, 1e-5 * expected.std())
+    start = idx[:, :length - 9]
+    greedy = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=9,
+                             do_sample=False)
+    cached = model.generate(start, 9, temperature=0) if length == 16 else start
+    while cached.size(1) < length:                               # ours would read the text anew
+        cached = torch.cat((cached, model(cached)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(greedy, cached)
+    theirs.save_pretrained(tmp_path)                             # by their writer, and back
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("flags, name", [
+    (dict(gqa=True), "transformer.h.1.attn.c_attn.bias"),
+    (dict(bias=False), "transformer.ln_f.bias"),
+    (dict(rope=True, bias=False), "model.layers.1.self_attn.k_proj.bias")], ids=str)
+def test_training_by_other_software_is_noticed(tmp_path, flags, name):
+    """Fails if weights that no longer have our flags lose what was learned, without a word."""
+    model = small_model(**flags)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][-1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="contradicts the gpt2_flags .* Delete gpt2_flags"):
+        GPT2.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["gpt2_flags"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(tokens(2, 16)).logits
+        assert_close(GPT2.from_pretrained(tmp_path)(tokens(2, 16))[0], expected,
+                     1e-5 * expected.std())
+
+
+OLD = {"n_ctx": 16, "n_positions": 16, "vocab_size": 61, "n_layer": 2, "n_head": 6, "n_embd": 48,
+       "activation_function": "gelu_new", "dropout": 0.0, "bias": True, "rope": False,
+       "rope_theta": 10000.0, "gqa": False, "n_kv_head": None, "sliding_window": False,
+       "window_size": None, "flash": True}
+
+
+@every_flag_setting
+def test_checkpoints_of_older_versions(tmp_path, flags):
+    """Fails if a folder in which all variants had their own model_type and our layout is refused or
+    misread."""
+    model = small_model(**flags)
+    tensors = {name: p.t() if name.endswith(model_py.TRANSPOSED) else p
+               for name, p in model.state_dict().items()}
+    kind = "gpt2-variant" if model.config.beyond_gpt2 else "gpt2"
+    shape = {name: value for name, value in vars(model.config).items() if name in OLD}
+    write_folder(tmp_path, tensors, {**OLD, **shape, "model_type": kind})
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+
+
+def hf_starcoder2(**fields):
+    """transformers' StarCoder2 with random weights."""
+    shape = dict(max_position_embeddings=32, vocab_size=97, num_hidden_layers=2, hidden_size=24,
+                 num_attention_heads=6, num_key_value_heads=2, intermediate_size=96,
+                 bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    config = transformers.Starcoder2Config(**shape | fields)
+    return loud(transformers.Starcoder2ForCausalLM(config), 3)
+
+
+def rope(theta, **more):
+    return dict(rope_parameters={"rope_type": "default", "rope_theta": theta, **more})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [
+    {}, rope(500.0), dict(sliding_window=5), dict(num_key_value_heads=6, residual_dropout=0.5),
+    dict(num_key_value_heads=1, sliding_window=32, **rope(1e6))], ids=str)
+@pytest.mark.parametrize("how", ["whole", "sharded", "without a prefix"])
+def test_starcoder2_of_transformers(tmp_path, fields, how):
+    """Fails if a StarCoder2 of transformers' making is refused or misread."""
+    theirs = hf_starcoder2(**fields)
+    saved = theirs.model if how == "without a prefix" else theirs
+    saved.save_pretrained(tmp_path, max_shard_size="5KB" if how == "sharded" else "1GB")
+    assert (tmp_path / "model.safetensors").exists() == (how != "sharded")
+    ours = GPT2.from_pretrained(tmp_path)
+    assert ours.config.kv_heads == theirs.config.num_key_value_heads
+    idx = tokens(3, 32, vocab_size=97)
+    expected = theirs(idx).logits
+    assert_close(ours(idx)[0], expected, 1e-5 * expected.std())
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "gelu"), ("use_bias", False), ("tie_word_embeddings", False),
+    ("norm_epsilon", 1e-6), ("head_dim", 6), ("intermediate_size", 90), ("rope_parameters", 5),
+    ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("num_key_value_heads", 4),
+    ("model_type", "mistral"), ("model_type", ["gpt2"]), ("gpt2_flags", {"n_embd": 48}),
+    ("gpt2_flags", ["rope"]), ("gpt2_flags", {"new": 1}), ("sliding_window", "5")], ids=str)
+def test_other_starcoder2s_are_refused(tmp_path, field, value):
+    """Fails if a StarCoder2 is loaded that this model cannot compute, or the error does not name
+    what it is."""
+    hf_starcoder2().save_pretrained(tmp_path)
+    edit_config(tmp_path, **{field: value})
+    words = {"num_key_value_heads": "n_kv_head=4", "sliding_window": "window_size='5'"}
+    with pytest.raises(ValueError, match=words.get(field, "flag 'new'|hidden_size=" if field ==
+                                                   "gpt2_flags" and value != ["rope"] else field)):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", [
+    "{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 5}}',
+    '{"weight_map": {}}', '{"weight_map": {"a": "model-1.bin"}}'])
+def test_damaged_indexes_are_refused(tmp_path, index):
+    """Fails if an index leads out of its folder or to a pickle, or its damage gives a traceback."""
+    hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        GPT2.from_pretrained(tmp_path)
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's model, from its parameters' names and the exact GELU: nothing but torch's own."""
+
+    def __init__(self, tensors, n_head):
+        super().__init__()
+        self.tensors = tensors
+        self.n_head = n_head
+
+    def forward(self, idx):
+        def linear(x, name):
+            weight, bias = (self.tensors.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+            if weight.dim() == 1:
+                return F.layer_norm(x, weight.shape, weight, bias)
+            return F.linear(x, weight, bias)
+        T = idx.size(1)
+        x = self.tensors["transformer.wte.weight"][idx]
+        x = x + self.tensors["transformer.wpe.weight"][:T]
+        for i in range(2):
+            h = f"transformer.h.{i}."
+            qkv = linear(linear(x, h + "ln_1"), h + "attn.c_attn")
+            q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in qkv.chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + linear(y.transpose(1, 2).flatten(2), h + "attn.c_proj")
+            y = F.gelu(linear(linear(x, h + "ln_2"), h + "mlp.c_fc"))
+            x = x + linear(y, h + "mlp.c_proj")
+        return F.linear(linear(x, "transformer.ln_f"), self.tensors["transformer.wte.weight"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
+def test_nanogpt_checkpoints(tmp_path, monkeypatch, bias, prefix):
+    """Fails if a checkpoint of nanoGPT's is misread (but for its GELU, which is told), or code in
+    it runs."""
+    shape = dict(n_layer=2, n_head=6, n_embd=48, block_size=16, vocab_size=61, bias=bias)
+    source = loud(GPT2(GPT2Config(**shape), seed=0), 6)
+    tensors = {**source.state_dict(), "lm_head.weight": source.transformer.wte.weight}
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    saved = {"model": {prefix + name: t for name, t in tensors.items()}, "iter_num": 5,
+             "model_args": {**shape, "dropout": 0.0}, "best_val_loss": torch.tensor(1.5),
+             "config": {"out_dir": "out"}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    model = GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    assert model.config == source.config and "exact GELU" in model.changes[0]
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    with pytest.raises(FileNotFoundError, match="name the file: .*/ckpt.pt"):
+        GPT2.from_pretrained(tmp_path)
+    idx = tokens(3, 16)
+    theirs = NanoGPT(tensors, 6)(idx)
+    assert 1e-4 < (model(idx)[0] - theirs).abs().max() / theirs.std() < 0.1
+    monkeypatch.setattr(F, "gelu", lambda x, gelu=F.gelu, approximate="": gelu(x))
+    assert_close(model(idx)[0], theirs, 1e-5 * theirs.std())
+    for damage in (dict(saved, model_args={"n_layer": 2}), dict(saved, model=5), [1], "text",
+                   dict(saved, model_args=shape | {"rotary": True}), Malicious(f"{tmp_path}/ran")):
+        torch.save(damage, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match="ckpt.pt is damaged, or not a checkpoint of nanoGPT"):
+            GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    for raw in (b"", b"PK", pickle.dumps(5), (tmp_path / "ckpt.pt").read_bytes()[:-99]):
+        (tmp_path / "ckpt.pt").write_bytes(raw)
+        with pytest.raises(ValueError, match="ckpt.pt is damaged"):
+            GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_unknown_changes_are_refused(tmp_path):
     """Fails if an unknown change of a variant is ignored, or a plain GPT-2 is refused for one."""
     invented = InventedConfig(16, 61, 2, 6, 48, invented=True)
     GPT2(invented).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.json.* has the field 'invented'"):
+    with pytest.raises(ValueError, match="config.json.* has the flag 'invented'"):
         GPT2.from_pretrained(tmp_path)
     GPT2(replace(invented, invented=False)).save_pretrained(tmp_path)
     edit_config(tmp_path, summary_type="mean")
@@ -1299,7 +1504,7 @@ def test_a_pickle_is_never_read(tmp_path):
     missing = "model.safetensors not found. pytorch_model.bin is a pickle.* convert it"
     with pytest.raises(FileNotFoundError, match=missing):
         GPT2.from_pretrained(tmp_path)
-    unknown = "'gpt3' is not a folder, and not one of the names gpt2, gpt2-medium"
+    unknown = "'gpt3' was not found: it is none of gpt2, gpt2-medium.* a folder with a checkpoint"
     with pytest.raises(FileNotFoundError, match=unknown):
         GPT2.from_pretrained("gpt3")
     assert not (tmp_path / "ran").exists()
@@ -1619,7 +1824,7 @@ def test_hub_errors(hub, tmp_path, monkeypatch, name, answer, outcome):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     before = files_under(tmp_path)
     vars(hub).update(answer)
-    with pytest.raises((ConnectionError, ValueError)) as error:
+    with pytest.raises((ConnectionError, FileNotFoundError, ValueError)) as error:
         download.hub_file("openai-community/gpt2", name)
     message = str(error.value)
     assert "secret" not in message
@@ -3641,7 +3846,7 @@ sample   2  --stop_at_eot                                          no end-of-tex
 sample   2  --block_size=99                                        the checkpoint's 32 positions
 sample   2  --window_size=4                                        add --sliding_window
 sample   1  --out_dir={bad}/pickle                                 could run code
-sample   1  --out_dir={bad}/nometa                                 meta.json is missing
+sample   1  --out_dir={bad}/nometa                                 nometa/tokenizer.json is another tokenizer
 sample   1  --out_dir={bad}/empty                                  no checkpoint in
 sample   1  --start=abZ                                            'Z' is not among the 12
 sample   1  --start=FILE:{bad}/none                                none

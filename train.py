@@ -107,6 +107,8 @@ SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
+# The flags that `learning_rate` reads
+SCHEDULE = ("learning_rate", "decay_lr", "warmup_iters", "lr_decay_iters", "max_iters", "min_lr")
 # The flags that have an effect on --eval_only
 EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only",
               "eval_stride", "fsdp", "backend", "device", "dtype", "compile"}
@@ -910,10 +912,10 @@ def choose_model(run, shape, checkpoint, tokenizer):
         with usage_errors():
             config = GPT2Config(**shape)
     else:                                                        # the exported model
-        if not os.path.exists(source):                           # it is downloaded
-            main_first(lambda: read_pretrained(source))
-        trained_with = load_tokenizer(source)
+        if not os.path.exists(source):                           # they are downloaded
+            main_first(lambda: (read_pretrained(source), load_tokenizer(source)))
         saved_config, weights, notes = read_pretrained(source)
+        trained_with = load_tokenizer(source)
         with usage_errors():
             config, weights, changes = convert(saved_config, weights, shape)
         for change in notes + changes:
@@ -1172,6 +1174,21 @@ def learning_rate(run, step):
     return lowest + 0.5 * (1 + math.cos(math.pi * done)) * (run.learning_rate - lowest)
 
 
+def changed_rate(run, checkpoint):
+    """{topic: text} about a learning rate that jumps when a run is resumed with other flags."""
+    saved = {name: value for name, value in checkpoint.settings.items() if name in RUN}
+    before = Run(**saved)
+    step = checkpoint.state.step
+    old = learning_rate(before, step)
+    new = learning_rate(run, step)
+    if math.isclose(old, new, rel_tol=0.01):
+        return {}
+    changed = [f"{name}={getattr(run, name)}, was {value}" for name, value in saved.items()
+               if getattr(run, name) != value and name in SCHEDULE]
+    return {"rate": f"the learning rate of the next step is {new:.3g}, no longer {old:.3g}: "
+                    f"{'; '.join(changed)}"}
+
+
 class StopSignals:
     """Ctrl-C and SIGTERM let the step finish. Another one, two seconds later or more, exits at once
     (torchrun passes a Ctrl-C on a second time right away)."""
@@ -1389,10 +1406,14 @@ def train(typed, device, why_device):
         checkpoint = None                                        # these look at the exported model
     model = build_model(run, config, weights, device, dtype, compiled)
     trainer = Trainer(run, config, model, splits, checkpoint, device, dtype)
+    choices = {"device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
+               "compile": f"{compiled}: {why_compile}"}
+    if checkpoint:
+        choices.update(changed_rate(run, checkpoint))
+    if run.benchmark and weights is None:
+        choices["weights"] = "random; --init_from=resume times the model in out_dir"
     del weights, checkpoint                                      # unmaps the file: Windows locks it
-    announce_run(run, config, splits, tokenizer, {
-        "device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
-        "compile": f"{compiled}: {why_compile}"})
+    announce_run(run, config, splits, tokenizer, choices)
     if run.eval_only:
         return evaluate_only(trainer, tokenizer)
     if trainer.saved_step is not None and trainer.state.step >= run.max_iters:

@@ -5,6 +5,7 @@ A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "
 {"tokenizer": "char", "characters": "...", "end_of_text": id or null}. Beside a checkpoint are also
 the files from which transformers makes the same tokenizer.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -16,6 +17,8 @@ import numpy as np
 UNKNOWN = 65535                                                  # the id of no character
 # Unicode's white space, as tiktoken's regular expression sees it
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# sha256 of GPT-2's tokens, joined by line breaks
+VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -169,22 +172,48 @@ def tokenizer_from_json(meta):
     raise ValueError(f"tokenizer {meta['tokenizer']!r:.50} is not known: use gpt2 or char")
 
 
-def load_tokenizer(folder):
-    """The tokenizer in folder/meta.json, or beside a file; GPT-2's where there is none."""
-    if os.path.isfile(folder):
-        folder = os.path.dirname(folder) or "."
+def load_tokenizer(name):
+    """The tokenizer of a folder, of a model of the hub (owner/name), or beside a file: that in its
+    meta.json; GPT-2's where there is none. ValueError if it has another one."""
+    folder = os.path.dirname(os.path.abspath(name)) if os.path.isfile(name) else name
     path = f"{folder}/meta.json"
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
             raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
                              "not read: prepare the data again with data/prepare.py, which writes "
                              "meta.json")
+        check_vocabulary(name, folder)
         return GPT2Tokenizer()
     with open(path, encoding="utf-8") as f:
         try:
             return tokenizer_from_json(json.load(f))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def check_vocabulary(name, folder):
+    """Raise ValueError if the files of transformers in a folder, or of a model of the hub, hold
+    another vocabulary than GPT-2's."""
+    for file in ("tokenizer.json", "vocab.json"):
+        path = f"{folder}/{file}"
+        if "/" in str(name) and not os.path.exists(name):
+            from data.download import hub_file
+            with contextlib.suppress(FileNotFoundError):         # the model has no such file
+                path = hub_file(name, file)
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as f:
+            try:
+                vocab = json.load(f)
+                if file == "tokenizer.json":
+                    vocab = vocab["model"]["vocab"]
+                text = "\n".join(sorted(vocab, key=vocab.get))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} cannot be read: {error!r:.100}") from None
+        if hashlib.sha256(text.encode(errors="replace")).hexdigest() != VOCABULARY:
+            raise ValueError(f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens; "
+                             "this project reads only GPT-2's and its own meta.json")
+        return
 
 
 def code_points(text):
