@@ -302,7 +302,8 @@ def curve(out):
 
 def contents(out):
     """The bytes of a checkpoint, short: {file: hash}."""
-    names = ("config.json", "meta.json", "model.safetensors", train.STATE)
+    names = ("config.json", "meta.json", "tokenizer.json", "tokenizer_config.json",
+             "model.safetensors", train.STATE)
     return {name: hash((out / name).read_bytes()) for name in names}
 
 
@@ -704,6 +705,64 @@ def test_a_full_cache_is_refused():
         model(tokens(1, 17))
 
 
+@pytest.mark.parametrize("kind", [list, np.array, partial(np.array, dtype=np.uint16),
+                                  torch.tensor], ids=["list", "array", "uint16", "tensor"])
+def test_ids_of_one_text(kind):
+    """Fails if ids as a tokenizer gives them are refused or misread."""
+    model = small_model()
+    idx = tokens(1, 9)
+    ids = kind(idx[0].tolist())
+    assert torch.equal(model(ids)[0], model(idx)[0])
+    assert torch.equal(model(ids[:-1], ids[1:])[1], model(idx[:, :-1], idx[:, 1:])[1])
+    assert torch.equal(model.generate(ids, 5, temperature=0),
+                       model.generate(idx, 5, temperature=0))
+    for text in ("text", ["text"]):
+        for call in (model, partial(model.generate, max_new_tokens=3)):
+            with pytest.raises(TypeError, match="token ids, not text.*load_tokenizer"):
+                call(text)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m, GPT2.to_int8], ids=["float32", "int8"])
+def test_logits_beside_the_loss(convert):
+    """Fails if logits and loss cannot be had together, or differ from those alone."""
+    model = convert(small_model())
+    idx = tokens(3, 9)
+    logits, loss = model(idx, idx, return_logits=True)
+    assert torch.equal(logits, model(idx)[0]) and torch.equal(loss, model(idx, idx)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", [*MATRIX, dict(rope=True, bias=False)], ids=setting_id)
+def test_inside_the_model(tmp_path, flags):
+    """Fails if hidden states or attention weights are others than transformers', or, where it
+    cannot say, do not turn the values into what the attention returns."""
+    model = small_model(**flags)
+    idx = tokens(2, 16)
+    states, weights = model.inspect(idx)
+    expected = []
+    for block, x in zip(model.transformer.h, states, strict=False):
+        attn = block.attn
+        *_, v = attn.c_attn(block.ln_1(x)).split(attn.sizes, dim=-1)
+        v = attn.split_heads(v).repeat_interleave(6 // model.config.kv_heads, dim=1)
+        y = (weights[len(expected)] @ v).transpose(1, 2).flatten(2)
+        assert_close(attn.c_proj(y), attn(block.ln_1(x), rotary_tables(
+            torch.arange(16), 8, 10000.0) if flags.get("rope") else None), 1e-4)
+        expected.append(None)
+    mask = model_py.visible(torch.arange(16), torch.arange(16), model.config.window_size)
+    assert all((w[..., ~mask] == 0).all() and w.shape == (2, 6, 16, 16) for w in weights)
+    assert torch.equal(states[-1], model.hidden(idx)) and len(states) == 3 and len(weights) == 2
+    assert not model.transformer.h[0]._forward_pre_hooks
+    model.save_pretrained(tmp_path)
+    if flags.get("sliding_window") and not flags.get("rope"):
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager").eval()
+    out = theirs(idx, output_hidden_states=True, output_attentions=True)
+    for ours, others in ((states, out.hidden_states), (weights, out.attentions)):
+        for a, b in zip(ours, others, strict=True):
+            assert_close(a, b, 1e-4)
+
+
 def test_the_file_stands_alone(tmp_path):
     """Fails if `python model.py` needs any file beside it or any package but torch."""
     shutil.copy(model_py.__file__, tmp_path / "model.py")
@@ -805,6 +864,26 @@ def test_generate_stops_each_text_by_itself():
     first = model.generate(idx[:1], 1, temperature=0)[0, 3].item()
     stream = model.stream(idx[:1], 12, temperature=0, stop_token=first)
     assert len(list(stream)) == 1                                # nothing once all have stopped
+
+
+@every_flag_setting
+def test_texts_of_several_lengths(flags):
+    """Fails if a text in a batch is written otherwise than alone: shifted, seeing its neighbours,
+    read anew elsewhere, stopped by its own prompt or not at all."""
+    model = small_model(**flags)
+    texts = [tokens(n, seed=n) for n in (3, 11, 1, 19, 16, 3)]
+    alone = [model.generate(text, 9, temperature=0)[0] for text in texts]
+    stop = alone[1][12].item()
+    for how in ({}, dict(use_cache=False), dict(stop_token=stop)):
+        expected = [model.generate(text, 9, temperature=0, **how)[0] for text in texts]
+        together = model.generate(texts, 9, temperature=0, **how)
+        assert all(map(torch.equal, together, expected)) and len(together) == 6
+    assert any((row[len(text):] == stop).any() for text, row in zip(texts, alone, strict=True))
+    (unchanged,) = model.generate([texts[0].tolist()], 0)
+    assert torch.equal(unchanged, texts[0])
+    for wrong in (dict(max_new_tokens=-1), dict(idx=[texts[0], []])):
+        with pytest.raises(ValueError, match="must be"):
+            model.generate(**dict(idx=texts, max_new_tokens=2) | wrong)
 
 
 def test_generate_leaves_the_model_as_it_was():
@@ -1721,6 +1800,31 @@ def test_download_once_then_offline(hub, tmp_path, monkeypatch):
     assert not hub.log
 
 
+@pytest.mark.parametrize("name, repo, sharded", [
+    ("distilgpt2", "distilbert/distilgpt2", False), ("openai-community/gpt2", None, False),
+    ("someone/gpt2", None, True), ("some.one/my_model-2", None, False)])
+def test_any_model_of_the_hub(hub, tmp_path, monkeypatch, name, repo, sharded):
+    """Fails if a name does not lead to its files, or to those of a namesake in the cache; if an
+    index is not followed; or if its own tokenizer is overlooked."""
+    theirs = hf_starcoder2(vocab_size=61, max_position_embeddings=16)
+    theirs.save_pretrained(tmp_path / "new", max_shard_size="5KB" if sharded else "1GB")
+    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    namesake = tmp_path / "home/hub/models--gpt2/snapshots/main"
+    if name == "someone/gpt2":
+        small_model().save_pretrained(namesake)
+    idx = tokens(2, 16)
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert_close(GPT2.from_pretrained(name)(idx)[0], expected, 1e-4 * expected.std())
+    places = {path.rpartition("/resolve/main/")[0] for _, path, _ in hub.log if "resolve/" in path}
+    assert places == {f"/{repo or name}"}
+    assert load_tokenizer(name).name == "gpt2"
+    hub.files["vocab.json"] = b'{"a": 0}'
+    if "/" in name:
+        with pytest.raises(ValueError, match="vocab.json is another tokenizer"):
+            load_tokenizer(name)
+
+
 @pytest.mark.parametrize("repo", ["gpt2", "openai-community--gpt2"])
 def test_the_cache_of_transformers_is_used(hub, tmp_path, repo):
     """Fails if files that transformers downloaded are downloaded again, or an old version used."""
@@ -1888,6 +1992,60 @@ def test_character_table():
     for unknown in ("abz", "ab\U0010ffff", "a\ud83d"):
         with pytest.raises(ValueError, match="is not among the 6"):
             t.encode(unknown)
+
+
+@needs_bpe
+@needs_shakespeare
+@pytest.mark.parametrize("kind", ["gpt2", "char", "char without the token"])
+def test_transformers_makes_the_same_tokenizer(tmp_path, kind):
+    """Fails if transformers' tokenizer gives other ids than ours for real text, or another text for
+    them, or turns a character that the model does not know into something."""
+    text = SHAKESPEARE.read_text()[:100_000].replace("\n\n", "\r\n<|endoftext|>\t\t")
+    text += "\tx\t\ty \r\n\n  z\x00\u3000 日本 'll <|END|>'s\n"
+    table = GPT2Tokenizer()
+    if kind != "gpt2":
+        characters = "".join(sorted(set(text)))
+        table = CharTokenizer(characters, len(characters) if kind == "char" else None)
+    GPT2(small_config(vocab_size=table.vocab_size)).save_pretrained(tmp_path, table)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = table.encode_prompt(text).tolist()
+    assert theirs(text).input_ids == ids and len(theirs) == table.vocab_size
+    assert theirs.decode(ids) == table.decode(ids) == text
+    assert theirs.eos_token_id == table.end_of_text
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == table.end_of_text
+    assert load_tokenizer(tmp_path).to_json() == table.to_json()
+    if kind == "gpt2":
+        assert theirs(text, split_special_tokens=True).input_ids == table.encode(text).tolist()
+        (tmp_path / "meta.json").unlink()                        # as other tools leave it
+        assert load_tokenizer(tmp_path).name == "gpt2"
+        theirs.save_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).name == "gpt2"
+    else:
+        with pytest.raises(Exception, match="UNK"):
+            theirs("Ж")
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path):
+    """Fails if ids of another vocabulary are taken for GPT-2's, or a damaged file gives a
+    traceback."""
+    for name, content in (("vocab.json", '{"a": 0, "b": 1}'), ("vocab.json", '["a"]'),
+                          ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}'),
+                          ("tokenizer.json", '{"model": {"vocab": [["a", 0.5]]}}'),
+                          ("tokenizer.json", "{")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} (is another tokenizer|cannot be read)"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+@needs_bpe
+def test_a_run_does_not_wait_for_the_tokenizer(tmp_path, monkeypatch):
+    """Fails if GPT-2's files are downloaded in order to save a model, or are missing with them at
+    hand."""
+    assert GPT2Tokenizer().files().keys() == {"meta.json", "tokenizer_config.json", "vocab.json",
+                                              "merges.txt"}
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    assert GPT2Tokenizer().files().keys() == {"meta.json", "tokenizer_config.json"}
 
 
 TOO_MANY = "".join(map(chr, range(0x20000, 0x30000)))
@@ -3013,9 +3171,9 @@ def test_resume_to_the_bit(data, tmp_path, mode, ranks):
     same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_transformers_opens_a_checkpoint(data, straight):
-    """Fails if Hugging Face's reader refuses the folder of a run, or reads another model than the
-    one that was evaluated."""
+def test_transformers_opens_a_checkpoint(data, straight, tmp_path):
+    """Fails if Hugging Face's reader refuses the folder of a run, reads another model than the one
+    that was evaluated, or tokenizes or writes otherwise; or if another tool's copy loses it."""
     x, y = loader.TokenDataset([f"{data}/val.bin"], 32, 50).__getitems__(range(5))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(straight / "whole").eval()
     with torch.no_grad():
@@ -3024,6 +3182,12 @@ def test_transformers_opens_a_checkpoint(data, straight):
     assert_close(logits, expected, 1e-4 * expected.std())
     loss = F.cross_entropy(expected.flatten(0, 1), y.flatten()).item()
     assert curve(straight / "whole")[-1]["val_loss"] == pytest.approx(loss, rel=2e-5)
+    run("train", *flags(dataset=data, out_dir=tmp_path, max_iters=2, **ALL))
+    for out, kind in ((straight / "whole", "GPT2"), (tmp_path, "Starcoder2")):
+        pipeline = transformers.pipeline("text-generation", str(out))
+        assert type(pipeline.model).__name__.startswith(kind)
+        text = pipeline("ab c", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+        assert [text] == generated(out, "ab c", 1, 20, temperature=0) and len(text) == 24
 
 
 class Watched:
@@ -3049,6 +3213,30 @@ class Watched:
             self.f.flush()
         self.due("write", half)
         return self.f.write(content)
+
+
+@pytest.mark.parametrize("typed, words", [
+    (["--max_iters=40"], "rate is 0.00185, no longer 0.0002: max_iters=40, was 9"),
+    (["--max_iters=10", "--learning_rate=4e-3", "--min_lr=3e-4"], "learning_rate=0.004, was 0.002"),
+    (["--max_iters=40", "--lr_decay_iters=9"], None)], ids=str)
+def test_a_jump_of_the_learning_rate_is_told(straight, capsys, monkeypatch, typed, words):
+    """Fails if a resumed run jumps to another learning rate without a word, or talks of one that
+    stays."""
+    monkeypatch.setattr(train, "run_training", lambda *args: None)
+    code, out, err = here(capsys, "train", "--init_from=resume", f"--out_dir={straight / 'whole'}",
+                          "--device=cpu", *typed)
+    out = " ".join(out.split())
+    assert code == 0 and (words or "mode single") in out, (out, err)
+    assert words or "learning rate" not in out
+
+
+def test_benchmark_tells_random_weights(data, straight, capsys, monkeypatch):
+    """Fails if --benchmark does not say whose weights it times."""
+    monkeypatch.setattr(train, "benchmark", lambda trainer: None)
+    for source, told in (("scratch", True), (straight / "whole", False)):
+        code, out, _ = here(capsys, "train", f"--dataset={data}", f"--init_from={source}",
+                            "--device=cpu", "--benchmark")
+        assert code == 0 and ("weights   random" in out) == told
 
 
 def at_disk_call(n, act, calls=None):
@@ -3122,9 +3310,9 @@ def moments(calls, every):
     if every:
         return range(len(calls))
     replaces = [i for i, name in enumerate(calls) if name == "replace"]
-    assert len(replaces) == 5 and calls.count("link") == 1       # exports, previous, the state
-    return [replaces[1] + 3, replaces[2] - 1, replaces[2], replaces[2] + 9, calls.index("link"),
-            replaces[4]]
+    assert len(replaces) == 7 and calls.count("link") == 1       # exports, previous, the state
+    return [replaces[3] + 3, replaces[4] - 1, replaces[4], replaces[4] + 9, calls.index("link"),
+            replaces[6]]
 
 
 def look(capsys, out, exports):
@@ -3738,7 +3926,8 @@ def bad(data, straight, tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:-9])
     packed = gzip.compress(random.Random(0).randbytes(99999).hex().encode())
     contents = {
-        "nanogpt/meta.pkl": b"", "pickle/model.safetensors": pickle.dumps(list(range(9))),
+        "nanogpt/meta.pkl": b"", "ckpt.pt": b"PK",
+        "pickle/model.safetensors": pickle.dumps(list(range(9))),
         "bpe/meta.json": b'{"tokenizer": "gpt2"}', "file": b"", "text": TEXT.encode(),
         "counts/meta.json": b'{"tokenizer": "gpt2", "tokens": 5}', "cut.gz": packed[:-9],
         "wrong.gz": packed[:70000] + bytes(99) + packed[70099:], "late": b"a" * 9999 + b"\xff",
@@ -3781,6 +3970,8 @@ def test_flags(capsys, monkeypatch, script):
 BAD = """
 train    2  --n_layr=2                                             did you mean --n_layer?
 train    2  --tokenizer                                            there is no flag --tokenizer (
+train    2  --lr=1e-3                                              did you mean --learning_rate?
+sample   2  --prompt=x                                             did you mean --start?
 train    2  --n_layer=two                                          --n_layer: invalid int value: 'two'
 train    2  --rope=maybe                                           neither True nor False
 train    2  config/train_gpt2.py                                   config files are not run
@@ -3821,6 +4012,10 @@ train    1  --block_size=512                                       smaller --blo
 train    2  --init_from=gpt3                                       is not scratch, resume, auto
 train    1  --init_from=resume                                     there is no checkpoint in
 train    1  --init_from=gpt2                                       Without a network, copy the file to
+train    1  --init_from=some/model                                 Without a network, copy the file to
+train    2  --init_from=some/where/model                           a model of the hub (owner/name)
+train    1  --init_from={bad}/none.pt                              none.pt
+train    1  --init_from={bad}/ckpt.pt                              not a checkpoint of nanoGPT
 train    2  --init_from={run} --n_head=4                           n_head=4 contradicts
 train    2  --init_from=resume --out_dir={run} --n_layer=3         contradicts the checkpoint
 train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2

@@ -1185,8 +1185,7 @@ def changed_rate(run, checkpoint):
         return {}
     changed = [f"{name}={getattr(run, name)}, was {value}" for name, value in saved.items()
                if getattr(run, name) != value and name in SCHEDULE]
-    return {"rate": f"the learning rate of the next step is {new:.3g}, no longer {old:.3g}: "
-                    f"{'; '.join(changed)}"}
+    return {"rate": f"the learning rate is {new:.3g}, no longer {old:.3g}: {'; '.join(changed)}"}
 
 
 class StopSignals:
