@@ -637,7 +637,7 @@ class GPT2(nn.Module):
         """Write config.json and model.safetensors, and the files of the tokenizer, for
         from_pretrained, transformers and other tools."""
         os.makedirs(folder, exist_ok=True)
-        write_model(folder, self.config, self.parameters(), tokenizer)
+        write_pretrained(folder, self.config, self.parameters(), tokenizer)
 
     @classmethod
     def from_pretrained(cls, name, **overrides):
@@ -956,16 +956,6 @@ def choose_architecture(config):
     return name if config.beyond_gpt2.keys() <= EXPRESSES[name] else "gpt2-variant"
 
 
-def stored_config(config, architecture):
-    """The config of the same model as the architecture stores it: dropped biases are zeros, and
-    GPT-2 repeats each key/value head for its group."""
-    if architecture in ("gpt2", "starcoder2"):
-        config = replace(config, bias=True)
-    if architecture == "gpt2":
-        config = replace(config, gqa=False, n_kv_head=None)
-    return config
-
-
 def fixed_fields(config, architecture):
     """{field of config.json: values} that a model with this config can have in it. The first value
     is written; any of them is read, and so is a file without the field."""
@@ -996,7 +986,7 @@ def config_to_json(config, end_of_text=None):
         "model_type": architecture, "architectures": [classes.get(architecture, "GPT2")],
         **{name: values[0] for name, values in fixed_fields(config, architecture).items()},
         **dict.fromkeys(dropouts, config.dropout), "initializer_range": 0.02, "dtype": "float32",
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "n_ctx": config.block_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }
     told = asdict(config_from_json(saved)[0])
     saved["gpt2_flags"] = {f.name: getattr(config, f.name) for f in fields(config)
@@ -1092,7 +1082,10 @@ def find_file(name, file):
     if name not in SIZES and not is_hub_name(name):
         raise FileNotFoundError(f"{name!r} was not found: it is none of {SOURCES}")
     from data.download import hub_file
-    return hub_file(SIZES.get(name, name), file)
+    try:
+        return hub_file(SIZES.get(name, name), file)
+    except OSError as error:
+        raise type(error)(f"{name} is no folder here, and the hub does not help: {error}") from None
 
 
 def weight_files(name):
@@ -1143,9 +1136,15 @@ def advice_on_pickles(folder):
     return ""
 
 
-def stored_parameters(config, architecture):
-    """-> (stored_config, {name: parameter of such a model, without numbers})"""
-    stored = stored_config(config, architecture)
+def stored_model(config, architecture):
+    """-> (config of the same model as the architecture stores it, {name: parameter without
+    numbers}). Dropped biases are stored as zeros, and GPT-2 has each key/value head as often as
+    query heads share it."""
+    stored = config
+    if architecture in EXPRESSES:
+        stored = replace(stored, bias=True)
+    if architecture == "gpt2":
+        stored = replace(stored, gqa=False, n_kv_head=None)
     with torch.device("meta"):
         return stored, dict(GPT2(stored).named_parameters())
 
@@ -1187,7 +1186,7 @@ def weights_from_file(config, architecture, tensors):
     if config.n_layer > len(found):
         raise ValueError(f"config.json asks for {config.n_layer} layers, the file has {len(found)} "
                          "tensors")
-    stored, parameters = stored_parameters(config, architecture)
+    stored, parameters = stored_model(config, architecture)
     wanted = {name: [(short_name(part), x.shape) for part, x in
                      to_file(stored, architecture, name, p)] for name, p in parameters.items()}
     check_tensors(found, dict(part for parts in wanted.values() for part in parts))
@@ -1257,33 +1256,28 @@ def narrow(stored, config, name, wide):
     return tensor
 
 
-def write_weights(path, config, tensors, metadata=None):
-    """Write a model's weights to `path` as float32, in the architecture that config chooses.
-    tensors: its parameters in order; an iterator keeps one of them in memory at a time."""
-    architecture = choose_architecture(config)
-    stored, parameters = stored_parameters(config, architecture)
-    entries = {part: (torch.float32, x.shape) for name, p in parameters.items()
-               for part, x in to_file(stored, architecture, name, p)}
-    values = zip(parameters, widen(stored, config, parameters, tensors), strict=True)
-    parts = (part for name, tensor in values
-             for _, part in to_file(stored, architecture, name, tensor))
-    with atomic_write(path) as f:
-        write_safetensors(f, entries, parts, metadata)
-
-
-def write_model(folder, config, tensors, tokenizer=None, metadata=None):
-    """Write a folder that from_pretrained and other tools open: config.json, the files of the
-    tokenizer, and last the weights, which make it complete."""
+def write_pretrained(folder, config, tensors, tokenizer=None, metadata=None):
+    """Write a folder for `read_pretrained` and other tools: config.json, the files of the
+    tokenizer, and last the weights as float32, which make it complete. tensors: the parameters of
+    the model in order; an iterator keeps one of them in memory at a time."""
     end_of_text = 50256 if config.vocab_size > 50256 else None
     files = {}
     if tokenizer is not None:
         end_of_text = tokenizer.end_of_text
         files = tokenizer.files()
-    config_json = json.dumps(config_to_json(config, end_of_text), indent=2).encode()
-    for name, content in {"config.json": config_json, **files}.items():
+    files["config.json"] = json.dumps(config_to_json(config, end_of_text), indent=2).encode()
+    for name, content in files.items():
         with atomic_write(f"{folder}/{name}") as f:
             f.write(content)
-    write_weights(f"{folder}/model.safetensors", config, tensors, metadata)
+    architecture = choose_architecture(config)
+    stored, parameters = stored_model(config, architecture)
+    entries = {part: (torch.float32, x.shape) for name, p in parameters.items()
+               for part, x in to_file(stored, architecture, name, p)}
+    values = zip(parameters, widen(stored, config, parameters, tensors), strict=True)
+    parts = (part for name, tensor in values
+             for _, part in to_file(stored, architecture, name, tensor))
+    with atomic_write(f"{folder}/model.safetensors") as f:
+        write_safetensors(f, entries, parts, metadata)
 
 
 def convert(saved, weights, overrides):

@@ -142,7 +142,7 @@ from model import (
     is_pretrained,
     read_pretrained,
     read_safetensors,
-    write_model,
+    write_pretrained,
     write_safetensors,
 )
 
@@ -600,7 +600,7 @@ def save_export(trainer, tokenizer):
     whole = map(gathered, trainer.parameters.values())
     if not is_main():
         return exhaust(whole)
-    write_model(trainer.run.out_dir, trainer.config, whole, tokenizer,
+    write_pretrained(trainer.run.out_dir, trainer.config, whole, tokenizer,
                 {"step": str(trainer.state.step)})
 
 
