@@ -1122,8 +1122,8 @@ def read_nanogpt(path):
         reason = f"{error}".split("\n")[0]
         raise ValueError(f"{path} is damaged, or not a checkpoint of nanoGPT, the only pickle that "
                          f"is read ({type(error).__name__}: {reason:.150})") from None
-    return config, weights, ["gelu: nanoGPT computes the exact GELU, this model GPT-2's tanh "
-                             "approximation: logits differ in the third digit"]
+    return config, weights, ["gelu: nanoGPT computes the exact one, this model GPT-2's tanh "
+                             "approximation; OpenAI's logits differ by 3e-3"]
 
 
 def advice_on_pickles(folder):

@@ -1302,7 +1302,7 @@ def test_nanogpt_checkpoints(tmp_path, monkeypatch, bias, prefix):
              "config": {"out_dir": "out"}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}
     torch.save(saved, tmp_path / "ckpt.pt")
     model = GPT2.from_pretrained(tmp_path / "ckpt.pt")
-    assert model.config == source.config and "exact GELU" in model.changes[0]
+    assert model.config == source.config and "gelu: nanoGPT computes the exact" in model.changes[0]
     assert_same_tensors(model.state_dict(), source.state_dict())
     with pytest.raises(FileNotFoundError, match="name the file: .*/ckpt.pt"):
         GPT2.from_pretrained(tmp_path)
@@ -4257,6 +4257,22 @@ def test_readme_commands(monkeypatch):
             if script in parse and argv != ["--help"]:
                 parse[script]()
     assert len(commands) >= 15 and {script for _, script, _ in commands} >= parse.keys()
+
+
+def test_readme_python(straight, tmp_path, monkeypatch, capsys):
+    """Fails if the README's example of the library does not run, or does something else than its
+    comments say."""
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(straight / "whole", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out.startswith("def ") and names["loss"] > 0
+    assert names["logits"].shape == (1, 3, 12) and [len(t) for t in names["texts"]] == [104, 102]
+    same = {*contents(tmp_path / "out")} - {train.STATE, "model.safetensors"}
+    assert all((tmp_path / "copy" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+               for name in same)
 
 
 def test_readme_links():
