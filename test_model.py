@@ -2038,14 +2038,23 @@ def test_a_foreign_tokenizer_is_refused(tmp_path):
         (tmp_path / name).unlink()
 
 
+def no_bpe_files():
+    os.environ["TIKTOKEN_CACHE_DIR"] = "/nowhere"
+
+
 @needs_bpe
-def test_a_run_does_not_wait_for_the_tokenizer(tmp_path, monkeypatch):
-    """Fails if GPT-2's files are downloaded in order to save a model, or are missing with them at
-    hand."""
-    assert GPT2Tokenizer().files().keys() == {"meta.json", "tokenizer_config.json", "vocab.json",
-                                              "merges.txt"}
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    assert GPT2Tokenizer().files().keys() == {"meta.json", "tokenizer_config.json"}
+@pytest.mark.parametrize("before, missing", [(None, set()), (no_bpe_files, {"vocab.json",
+                                                                             "merges.txt"})])
+def test_a_run_does_not_wait_for_the_tokenizer(tmp_path, before, missing):
+    """Fails if a run downloads GPT-2's files, does not say that they are missing, or leaves them out
+    with them at hand."""
+    for split in ("train", "val"):
+        random_ids(200).tofile(tmp_path / f"{split}.bin")
+    done = run("train", *flags(dataset=tmp_path, out_dir=tmp_path / "out", max_iters=1,
+                               eval_interval=1, n_embd=4), before=before)
+    files = {"meta.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    assert files & {*os.listdir(tmp_path / "out")} == files - missing
+    assert ("other programs will find none in" in done.out) == bool(missing)
 
 
 TOO_MANY = "".join(map(chr, range(0x20000, 0x30000)))

@@ -1434,8 +1434,8 @@ def run_training(trainer, tokenizer, content):
         if kept:
             announce("moved", f"the run that was in {run.out_dir} to {kept}")
         if not {"tokenizer.json", "vocab.json"} & tokenizer.files().keys():
-            announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files are "
-                     "not in tiktoken's cache. sample.py and data/prepare.py download them")
+            announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files "
+                     "are not in tiktoken's cache. sample.py and data/prepare.py download them")
     log = Log(run, trainer.config, state.step, trainer.saved_step is not None)
 
     def save(export):
