@@ -2043,13 +2043,13 @@ def no_bpe_files():
 
 
 @needs_bpe
-@pytest.mark.parametrize("before, missing", [(None, set()), (no_bpe_files, {"vocab.json",
-                                                                             "merges.txt"})])
+@pytest.mark.parametrize("before, missing", [
+    (None, set()), (no_bpe_files, {"vocab.json", "merges.txt"})])
 def test_a_run_does_not_wait_for_the_tokenizer(tmp_path, before, missing):
-    """Fails if a run downloads GPT-2's files, does not say that they are missing, or leaves them out
-    with them at hand."""
+    """Fails if a run downloads GPT-2's files, does not say that they are missing, or leaves them
+    out with them at hand."""
     for split in ("train", "val"):
-        random_ids(200).tofile(tmp_path / f"{split}.bin")
+        random_ids(200).astype("<u2").tofile(tmp_path / f"{split}.bin")
     done = run("train", *flags(dataset=tmp_path, out_dir=tmp_path / "out", max_iters=1,
                                eval_interval=1, n_embd=4), before=before)
     files = {"meta.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
