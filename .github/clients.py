@@ -7,7 +7,7 @@ download.
     python .github/clients.py TEXT        # a text file of 200 kB or more; minutes on two cores
 
 The table shows perplexities by --eval_only and by lm-evaluation-harness, and whether the pipeline
-and CTranslate2, which does not know StarCoder2, write the same 100 tokens as GPT2.generate.
+and CTranslate2 write the same 100 tokens as GPT2.generate (None: it does not know StarCoder2).
 """
 import json
 import os
@@ -75,6 +75,16 @@ def harness_perplexity(folder, tokens):
     return 2 ** (results["results"]["val"]["bits_per_byte,none"] * size / tokens)
 
 
+def write_loud(folder, loud):
+    """Scale up the weights of a model, which else repeats one word -> 100 greedy tokens as text."""
+    model = GPT2.from_pretrained(folder)
+    tokenizer = load_tokenizer(folder)
+    for p in model.parameters():
+        p.data = p.data * (6 if p.dim() > 1 else 1)
+    model.save_pretrained(loud, tokenizer)
+    return tokenizer.decode(model.generate(tokenizer.encode(PROMPT), 100, temperature=0)[0])
+
+
 def by_pipeline(folder):
     """The text of 100 tokens by transformers' pipeline."""
     pipeline = transformers.pipeline("text-generation", folder, dtype="float32")
@@ -100,12 +110,11 @@ def main():
     for name, flags in VARIANTS.items():
         folder = f"{OUT}/{name.replace(', ', '-').replace(' ', '-')}"
         ours = train(folder, flags)
-        tokenizer = load_tokenizer(folder)
-        ids = GPT2.from_pretrained(folder).generate(tokenizer.encode(PROMPT), 100, temperature=0)
-        text = tokenizer.decode(ids[0])
-        found = by_ctranslate2(folder)
-        rows.append(f"| {name} | {ours:.2f} | {harness_perplexity(folder, tokens):.2f} | "
-                    f"{by_pipeline(folder) == text} | {found and found == text} |")
+        harness = harness_perplexity(folder, tokens)
+        text = write_loud(folder, f"{folder}/loud")
+        found = by_ctranslate2(f"{folder}/loud")
+        rows.append(f"| {name} | {ours:.2f} | {harness:.2f} | "
+                    f"{by_pipeline(f'{folder}/loud') == text} | {found and found == text} |")
     print("\n| flags | --eval_only | lm-evaluation-harness | pipeline | CTranslate2 |\n"
           "|---|---|---|---|---|")
     print("\n".join(rows))
