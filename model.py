@@ -20,6 +20,8 @@ import json
 import math
 import mmap
 import os
+import pickle
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 
@@ -157,6 +159,13 @@ class GPT2Config:
         feed_forward = 8 * C * C
         matrices = self.n_layer * (attention + feed_forward) + self.vocab_size * C
         return 2 * matrices + 4 * self.n_layer * C * keys
+
+
+SIZES = {                                        # of OpenAI's models, all with block_size=1024
+    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
+    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
+    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
+    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -433,24 +442,33 @@ class GPT2(nn.Module):
                                     f"{name} of a {type(module).__name__}; add one")
                 yield f"{path}.{name}", tensor
 
+    @property
+    def device(self):
+        return self.transformer.wte.weight.device
+
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, targets=None, cache=None):
-        """idx (B, T) token ids -> (logits (B, T, V), None).
+    def forward(self, idx, targets=None, cache=None, return_logits=False):
+        """idx (B, T) token ids, or those of one text as an array or a list -> (logits (B, T, V),
+        None).
 
-        With targets (B, T), -1 where not counted: (None, mean cross-entropy in nats). cache: from
-        new_cache; idx then continues the text that the cache has seen. Raises ValueError for a text
-        longer than block_size, unless `rope` is on.
+        With targets like idx, -1 where not counted: (None, mean cross-entropy in nats), and with
+        return_logits both. cache: from new_cache; idx then continues the text that the cache has
+        seen. Raises ValueError for a text longer than block_size, unless `rope` is on.
         """
-        x = self.hidden(idx, cache)
+        x = self.hidden(token_ids(idx, self.device), cache)
+        logits = None
+        if targets is None or return_logits:
+            logits = self.project(x)
         if targets is None:
-            return self.project(x), None
+            return logits, None
+        targets = token_ids(targets, self.device).flatten()
         if isinstance(self.transformer.wte, Int8):
-            logits = self.project(x).float()
-            return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+            scores = self.project(x).float().flatten(0, 1)
+            return logits, F.cross_entropy(scores, targets, ignore_index=-1)
         wte = self.transformer.wte.weight
-        return None, linear_cross_entropy(x.flatten(0, 1), wte, targets.flatten())
+        return logits, linear_cross_entropy(x.flatten(0, 1), wte, targets)
 
     def hidden(self, idx, cache=None):
         """The final hidden states (B, T, C) of idx (B, T)."""
@@ -475,6 +493,36 @@ class GPT2(nn.Module):
             else:
                 x = block(x, rotary, cache[i] if cache else None)
         return self.transformer.ln_f(x)
+
+    @torch.no_grad()
+    def inspect(self, idx):
+        """Look inside the model: idx (B, T) -> (hidden states, attention weights).
+
+        The hidden states are n_layer + 1 tensors (B, T, C): what each block reads, and the final
+        one. The attention weights are n_layer tensors (B, H, T, T).
+        """
+        idx = token_ids(idx, self.device)
+        states = []
+        weights = []
+
+        def keep_state(block, inputs):
+            states.append(inputs[0])
+
+        def keep_weights(head, inputs, y):
+            q, k, v, *rotary = inputs
+            each_key = torch.eye(k.size(-2), dtype=v.dtype, device=v.device)
+            values = each_key.expand(*k.shape[:-1], -1)          # the mean of these is the weights
+            weights.append(head.forward(q, k, values, *rotary))
+        hooks = []
+        for block in self.transformer.h:
+            hooks.append(block.register_forward_pre_hook(keep_state))
+            hooks.append(block.attn.head.register_forward_hook(keep_weights))
+        try:
+            states.append(self.hidden(idx))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return states, weights
 
     def project(self, x):
         """Hidden states (..., C) -> logits (..., V)."""
@@ -515,39 +563,62 @@ class GPT2(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  use_cache=True, generator=None, stop_token=None):
-        """idx (B, T) -> (B, T + max_new_tokens). The arguments are those of `stream`. A text that
-        has reached its stop_token is filled up with it."""
-        columns = list(self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache,
-                                   generator, stop_token))
-        while len(columns) < max_new_tokens:
-            columns.append(torch.full_like(idx[:, 0], stop_token))
-        return torch.cat((idx, *(column[:, None] for column in columns)), dim=1)
+        """idx (B, T), or the ids of one text as an array or a list -> (B, T + max_new_tokens).
+        A list of texts of any lengths -> a list of their tensors, each what the text alone gives
+        (at temperature 0; else the random numbers differ). The other arguments are those of
+        `stream`. A text that has reached its stop_token is filled up with it."""
+        several = isinstance(idx, list) and bool(idx) and not isinstance(idx[0], int)
+        texts = [token_ids(text, self.device)[0]
+                 for text in (idx if several else token_ids(idx, self.device))]
+        read = [self.recent(text[None])[0] for text in texts]
+        shortest = min(map(len, read))
+        start = torch.stack([text[:shortest] for text in read])
+        rest = nn.utils.rnn.pad_sequence([text[shortest:] for text in read], batch_first=True,
+                                         padding_value=-1)
+        check_sampling(start, max_new_tokens, temperature, top_k, top_p)
+        steps = rest.size(1) + max_new_tokens
+        columns = list(self.stream(start, steps, temperature, top_k, top_p, use_cache, generator,
+                                   stop_token, rest))
+        columns += (steps - len(columns)) * [torch.full_like(start[:, 0], stop_token or 0)]
+        rows = torch.cat((start, *(column[:, None] for column in columns)), dim=1)
+        whole = [torch.cat((text, row[len(prompt):len(prompt) + max_new_tokens]))
+                 for text, prompt, row in zip(texts, read, rows, strict=True)]
+        return whole if several else torch.stack(whole)
+
+    def recent(self, text):
+        """text (B, T), or its last block_size/2 tokens if it is too long to be read whole."""
+        limit = self.config.block_size
+        if self.config.endless or text.size(1) <= limit:
+            return text
+        return text[:, -max(1, limit // 2):]
 
     @torch.no_grad()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
-               use_cache=True, generator=None, stop_token=None):
+               use_cache=True, generator=None, stop_token=None, rest=None):
         """Yield the next token of each text, (B,), max_new_tokens times, or until all texts have
         reached `stop_token`.
 
         temperature: 0 takes the most likely token. top_k: only the k most likely tokens. top_p:
         only the most likely tokens that together reach this probability (nucleus sampling,
         arXiv 1904.09751). use_cache: keep keys and values; without it the same tokens take longer.
-        generator: a torch.Generator on the model's device.
+        generator: a torch.Generator on the model's device. rest: (B, R) ids with which the texts
+        begin, and -1 from where a text goes on by itself: so texts of several lengths run together.
 
         With rope and sliding_window a text has no length limit. Otherwise, when it reaches
         block_size, the model continues from its last block_size/2 tokens.
         """
+        text = idx = token_ids(idx, self.device)
         check_sampling(idx, max_new_tokens, temperature, top_k, top_p)
         config = self.config
-        text = idx
         cache = None
         stopped = torch.zeros_like(idx[:, 0], dtype=torch.bool)
         was_training = self.training
         self.eval()
         try:
-            for left in range(max_new_tokens, 0, -1):
-                if not config.endless and text.size(1) > config.block_size:
-                    text = text[:, -max(1, config.block_size // 2):]
+            for i in range(max_new_tokens):
+                left = max_new_tokens - i
+                if self.recent(text) is not text:
+                    text = self.recent(text)
                     cache = None
                 if not use_cache:
                     x = self.hidden(text)
@@ -557,9 +628,13 @@ class GPT2(nn.Module):
                 else:
                     x = self.hidden(text[:, -1:], cache)
                 token = sample_token(self.project(x[:, -1]), temperature, top_k, top_p, generator)
+                written = torch.ones_like(stopped)               # by the model
+                if rest is not None and i < rest.size(1):
+                    written = rest[:, i] < 0
+                    token = torch.where(written, token, rest[:, i])
                 if stop_token is not None:
                     token = token.masked_fill(stopped, stop_token)
-                    stopped |= token == stop_token
+                    stopped |= written & (token == stop_token)
                 if config.endless and use_cache:
                     text = token[:, None]                      # earlier tokens are never read again
                 else:
@@ -570,23 +645,22 @@ class GPT2(nn.Module):
         finally:
             self.train(was_training)
 
-    def save_pretrained(self, folder):
-        """Write config.json and model.safetensors in Hugging Face's layout, for from_pretrained and
-        transformers."""
+    def save_pretrained(self, folder, tokenizer=None):
+        """Write config.json and model.safetensors, and the files of the tokenizer, for
+        from_pretrained, transformers and other tools."""
         os.makedirs(folder, exist_ok=True)
-        with atomic_write(f"{folder}/config.json") as f:
-            f.write(json.dumps(config_to_json(self.config), indent=2).encode())
-        weights = dict(self.named_parameters())
-        write_weights(f"{folder}/model.safetensors", weights, weights.values())
+        write_pretrained(folder, self.config, self.parameters(), tokenizer)
 
     @classmethod
-    def from_pretrained(cls, name_or_folder, **overrides):
-        """Load "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl" or a folder; returns the model in
-        evaluation mode. `overrides` are fields of GPT2Config (see `convert`), and `model.changes`
-        lists what they changed. The weights are mapped from the file: they take memory as they are
-        used. Raises ValueError for a damaged file or another model, OSError for a missing file."""
-        config, weights = read_pretrained(name_or_folder)
-        return cls.from_weights(*convert(config, weights, overrides))
+    def from_pretrained(cls, name, **overrides):
+        """Load a folder with a GPT-2 or a StarCoder2, a model of the hub ("gpt2", "owner/name"), or
+        nanoGPT's ckpt.pt; returns the model in evaluation mode. `overrides` are fields of
+        GPT2Config (see `convert`), and `model.changes` lists what they changed. The weights are
+        mapped from the file: they take memory as they are used. Raises ValueError for a damaged
+        file or another model, OSError for a missing file."""
+        config, weights, notes = read_pretrained(str(name))
+        config, weights, changes = convert(config, weights, overrides)
+        return cls.from_weights(config, weights, notes + changes)
 
     @classmethod
     def from_weights(cls, config, weights, changes=()):
@@ -596,6 +670,19 @@ class GPT2(nn.Module):
         model.load_state_dict(weights, assign=True)
         model.changes = list(changes)
         return model.requires_grad_().eval()
+
+
+def token_ids(ids, device):
+    """Token ids as a tensor (B, T): a tensor, or one text's ids as a list or an array."""
+    if isinstance(ids, torch.Tensor) and ids.dim() == 2:
+        return ids
+    if isinstance(ids, str) or isinstance(ids, list) and any(isinstance(x, str) for x in ids):
+        raise TypeError("the model takes token ids, not text: use load_tokenizer(FOLDER).encode("
+                        "text), from data.tokenizer, with the folder of the model")
+    ids = torch.as_tensor(ids, device=device).long()
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"idx has shape {tuple(ids.shape)}; idx must be (B, T), or (T,)")
+    return ids if ids.dim() == 2 else ids[None]
 
 
 def check_sampling(idx, max_new_tokens, temperature, top_k, top_p):
@@ -760,7 +847,8 @@ def attend_in_window(attend, q, k, v, window):
         block_k = cut_into_blocks(k[..., first_keys - W:, :], 2 * W, W)
         block_v = cut_into_blocks(v[..., first_keys - W:, :], 2 * W, W)
         y = attend(block_q.flatten(0, 1), block_k.flatten(0, 1), block_v.flatten(0, 1), mask)
-        parts.append(y.view(block_q.shape).transpose(1, -3).flatten(-3, -2))
+        y = y.unflatten(0, block_q.shape[:2])
+        parts.append(y.transpose(1, -3).flatten(-3, -2))
     return torch.cat(parts, dim=-2)
 
 
@@ -840,149 +928,368 @@ class Int8(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------
-# Checkpoint format: a Hugging Face folder with config.json and model.safetensors
+# Checkpoint format: a Hugging Face folder with config.json and model.safetensors. Where one of
+# transformers' architectures computes the same, `gpt2` or with rope `starcoder2`, it is written as
+# that one, and every tool opens it. Elsewhere it is a `gpt2-variant`, which other tools refuse.
 
-SIZES = {                                                        # OpenAI's
-    "gpt2": dict(n_layer=12, n_head=12, n_embd=768),
-    "gpt2-medium": dict(n_layer=24, n_head=16, n_embd=1024),
-    "gpt2-large": dict(n_layer=36, n_head=20, n_embd=1280),
-    "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
+HUB = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+       "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+       "distilgpt2": "distilbert/distilgpt2"}                    # short name: model of the hub
+SOURCES = (", ".join(HUB) + ", a model of the hub (owner/name), a folder with a checkpoint, or a "
+           "ckpt.pt of nanoGPT")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
-# Hugging Face stores these as (in, out), and these two constant masks besides the parameters.
+MASKS = (".attn.bias", ".attn.masked_bias")                      # constants in old files of GPT-2
+
+# The differences from plain GPT-2 that an architecture can express, some of them by `widen`
+EXPRESSES = {"gpt2": {"bias", "gqa", "n_kv_head"}}
+EXPRESSES["starcoder2"] = EXPRESSES["gpt2"] | {"rope", "rope_theta", "sliding_window",
+                                               "window_size"}
+# Its names for our fields in config.json
+FIELDS = {
+    "gpt2": {"block_size": "n_positions", "vocab_size": "vocab_size", "n_layer": "n_layer",
+             "n_head": "n_head", "n_embd": "n_embd"},
+    "starcoder2": {"block_size": "max_position_embeddings", "vocab_size": "vocab_size",
+                   "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+                   "n_embd": "hidden_size", "window_size": "sliding_window"},
+}
+FIELDS["gpt2-variant"] = FIELDS["gpt2"]
+# GPT-2 has our names for the weights, and stores four of them as (in, out).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-MASKS = (".attn.bias", ".attn.masked_bias")
-# What GPT-2's config.json may say about things that this model computes in one way only.
-FIXED = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
-         "tie_word_embeddings": (True,), "scale_attn_weights": (True,),
-         "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,)}
+STARCODER2 = {"transformer.wte": "model.embed_tokens", "transformer.h.": "model.layers.",
+              "transformer.ln_f": "model.norm", "ln_1": "input_layernorm",
+              "ln_2": "post_attention_layernorm", "attn.c_attn": "self_attn.{}_proj",
+              "attn.c_proj": "self_attn.o_proj"}                 # {}: q, k and v
 
 
-def config_to_json(config):
-    """The content of Hugging Face's config.json. A model that is not plain GPT-2 gets another
-    model_type, so that transformers' Auto classes refuse it instead of misreading it."""
-    end_of_text = 50256 if config.vocab_size > 50256 else None
+def choose_architecture(config):
+    """The architecture in which a model is saved."""
+    name = "starcoder2" if config.rope else "gpt2"
+    return name if config.beyond_gpt2.keys() <= EXPRESSES[name] else "gpt2-variant"
+
+
+def fixed_fields(config, architecture):
+    """{field of config.json: values} that a model with this config can have in it. The first value
+    is written; any of them is read, and so is a file without the field."""
+    fixed = {name: (getattr(config, ours),) for ours, name in FIELDS[architecture].items()}
+    fixed["tie_word_embeddings"] = (True,)
+    if architecture == "starcoder2":
+        rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+        return {**fixed, "num_key_value_heads": (config.kv_heads,), "use_bias": (True,),
+                "intermediate_size": (4 * config.n_embd,), "hidden_act": ("gelu_pytorch_tanh",),
+                "norm_epsilon": (1e-5,), "rope_theta": (config.rope_theta, None),
+                "rope_parameters": (rope, None), "rope_scaling": (None,),
+                "head_dim": (config.head_dim, None)}
+    return {**fixed, "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+            "layer_norm_epsilon": (1e-5,), "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+            "n_inner": (None, 4 * config.n_embd)}
+
+
+def config_to_json(config, end_of_text=None):
+    """The content of Hugging Face's config.json. What the architecture's own fields do not say
+    about the model stands beside them, in gpt2_flags."""
+    architecture = choose_architecture(config)
+    classes = {"gpt2": "GPT2LMHeadModel", "starcoder2": "Starcoder2ForCausalLM"}
+    dropouts = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
+    if architecture == "starcoder2":
+        dropouts = ("embedding_dropout", "attention_dropout", "residual_dropout")
     saved = {
-        "model_type": "gpt2-variant" if config.beyond_gpt2 else "gpt2",
-        "architectures": ["GPT2" if config.beyond_gpt2 else "GPT2LMHeadModel"],
-        **{name: allowed[0] for name, allowed in FIXED.items()},
-        "n_positions": config.block_size, "n_ctx": config.block_size,
-        "embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "resid_pdrop": config.dropout,
-        "initializer_range": 0.02, "dtype": "float32",
-        "bos_token_id": end_of_text, "eos_token_id": end_of_text,
-        **asdict(config),
+        "model_type": architecture, "architectures": [classes.get(architecture, "GPT2")],
+        **{name: values[0] for name, values in fixed_fields(config, architecture).items()},
+        **dict.fromkeys(dropouts, config.dropout), "initializer_range": 0.02, "dtype": "float32",
+        "n_ctx": config.block_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }
-    del saved["block_size"]                                      # it is n_positions
+    told = asdict(config_from_json(saved)[0])
+    saved["gpt2_flags"] = {f.name: getattr(config, f.name) for f in fields(config)
+                           if getattr(config, f.name) != told.get(f.name, f.default)}
     return saved
 
 
 def config_from_json(saved):
-    """The inverse of config_to_json, for any config.json of a GPT-2. Raises ValueError for a model
-    that is not GPT-2, and for a variant of it with a field that this version does not know."""
+    """The inverse of config_to_json, for any config.json of a GPT-2 or a StarCoder2.
+
+    Returns (GPT2Config, architecture). Raises ValueError for what this model does not compute, and
+    for a flag that this version does not know."""
     if not isinstance(saved, dict):
         raise ValueError("config.json does not hold a JSON object")
-    model_type = saved.get("model_type", "gpt2")
-    if model_type not in ("gpt2", "gpt2-variant"):
-        raise ValueError(f"config.json says model_type={model_type!r:.50}; only GPT-2 is supported")
-    known = {f.name for f in fields(GPT2Config)} - {"block_size"}
-    config = GPT2Config(block_size=saved.get("n_positions", 1024),
-                        **{name: saved[name] for name in known if name in saved})
-    unknown = saved.keys() - config_to_json(config).keys()
-    if model_type == "gpt2-variant" and unknown:
-        raise ValueError(f"config.json has the field {min(unknown)!r:.50}, which this version does "
-                         "not know: the model would compute something else")
-    for name, allowed in {**FIXED, "n_inner": (4 * config.n_embd, None)}.items():
+    architecture = saved.get("model_type", "gpt2")
+    if not isinstance(architecture, str) or architecture not in FIELDS:
+        raise ValueError(f"config.json says model_type={architecture!r:.50}; only gpt2 and "
+                         "starcoder2 are supported")
+    values = {ours: saved[name] for ours, name in FIELDS[architecture].items() if name in saved}
+    if architecture == "starcoder2":
+        values.update(starcoder2_flags(saved, values))
+    else:                                                        # here older versions put the flags
+        values.update((name, saved[name]) for name in SHAPE_FIELDS & saved.keys())
+    flags = saved.get("gpt2_flags", {})
+    if not isinstance(flags, dict):
+        raise ValueError(f"config.json says gpt2_flags={flags!r:.50}, which is no JSON object")
+    for name in flags.keys() - SHAPE_FIELDS:
+        raise ValueError(f"config.json has the flag {name!r:.50}, which this version does not "
+                         "know: the model would compute something else")
+    config = GPT2Config(**{**values, **flags})
+    for name, allowed in fixed_fields(config, architecture).items():
         if name in saved and saved[name] not in allowed:
-            raise ValueError(f"config.json says {name}={saved[name]!r:.50}; this model computes "
+            raise ValueError(f"config.json says {name}={saved[name]!r:.80}; this model computes "
                              f"only {name}={allowed[0]}")
-    return config
+    return config, architecture
 
 
-def read_pretrained(name_or_folder):
-    """-> (GPT2Config, {parameter name: float32 tensor}) of a folder or one of OpenAI's models."""
-    if os.path.isdir(name_or_folder):
-        config_path = f"{name_or_folder}/config.json"
-        weights_path = f"{name_or_folder}/model.safetensors"
-        if not os.path.exists(weights_path):
-            raise FileNotFoundError(f"{weights_path} not found" + advice_on_pickles(name_or_folder))
-    elif name_or_folder in SIZES:
-        from data.download import hub_file
-        config_path = hub_file("openai-community/" + name_or_folder, "config.json")
-        weights_path = hub_file("openai-community/" + name_or_folder, "model.safetensors")
-    else:
-        raise FileNotFoundError(f"{name_or_folder!r} is not a folder, and not one of the names "
-                                f"{', '.join(SIZES)}")
+def starcoder2_flags(saved, values):
+    """The flags of GPT2Config that the config.json of a StarCoder2 implies. values: those of its
+    fields that FIELDS names."""
+    for name in (*FIELDS["starcoder2"].values(), "num_key_value_heads"):
+        if name not in saved and name != "sliding_window":
+            raise ValueError(f"config.json lacks {name}")
+    rope = saved.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"config.json says rope_parameters={rope!r:.50}, which is no JSON object")
+    flags = {"rope": True, "rope_theta": rope.get("rope_theta", saved.get("rope_theta", 10000.0)),
+             "sliding_window": values.get("window_size") is not None}
+    if saved["num_key_value_heads"] != values["n_head"]:
+        flags.update(gqa=True, n_kv_head=saved["num_key_value_heads"])
+    return flags
+
+
+def is_pretrained(name):
+    """Whether `read_pretrained` may find a model by this name."""
+    return name in HUB or os.path.isdir(name) or is_hub_name(name) or name.endswith(".pt")
+
+
+def is_hub_name(name):
+    """Whether this has the form owner/name of a model of the hub."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and name[-3:] != ".pt"
+
+
+def read_pretrained(name):
+    """-> (GPT2Config, {parameter name: float32 tensor}, [what to know about them, one line each]).
+
+    name: a folder, a model of the hub (owner/name, or a name in HUB), or nanoGPT's ckpt.pt.
+    """
+    if name.endswith(".pt") and os.path.isfile(name):
+        return read_nanogpt(name)
+    config_path = find_file(name, "config.json")
+    paths = weight_files(name)
     with open(config_path, "rb") as f:
         try:
-            config = config_from_json(json.load(f))
+            config, architecture = config_from_json(json.load(f))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{config_path}: {error}") from None
-    tensors, _ = read_safetensors(weights_path)
+    tensors = {}
+    for path in paths:
+        tensors.update(read_safetensors(path)[0])
     try:
-        return config, weights_from_file(config, tensors)
+        return config, weights_from_file(config, architecture, tensors), []
     except ValueError as error:
-        raise ValueError(f"{weights_path}: {error}") from None
+        raise ValueError(f"{path}: {error}") from None
+
+
+def find_file(name, file):
+    """The path of a file of the model `name`. Raises FileNotFoundError if the model has none."""
+    if os.path.isdir(name):
+        if os.path.exists(f"{name}/{file}"):
+            return f"{name}/{file}"
+        raise FileNotFoundError(f"{name}/{file} not found" + advice_on_pickles(name))
+    if name not in HUB and not is_hub_name(name):
+        raise FileNotFoundError(f"{name!r} was not found: it is none of {SOURCES}")
+    from data.download import hub_file
+    try:
+        return hub_file(HUB.get(name, name), file)
+    except OSError as error:
+        raise type(error)(f"{name} is no folder here, and the hub does not help: {error}") from None
+
+
+def weight_files(name):
+    """The paths of the files with the weights of the model `name`: one, or several with an index"""
+    try:
+        return [find_file(name, "model.safetensors")]
+    except FileNotFoundError as error:
+        missing = error
+    try:
+        path = find_file(name, "model.safetensors.index.json")
+    except FileNotFoundError:
+        raise missing from None
+    with open(path, "rb") as f:
+        try:
+            files = sorted(set(json.load(f)["weight_map"].values()))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            files = []
+    if not files or not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", str(f)) for f in files):
+        raise ValueError(f"{path} is damaged: its weight_map must name .safetensors files")
+    return [find_file(name, file) for file in files]
+
+
+def read_nanogpt(path):
+    """`read_pretrained` of a checkpoint that nanoGPT wrote: a pickle, of which torch loads nothing
+    but tensors and plain values, so that no code in it runs."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        config = GPT2Config(**saved["model_args"])
+        tensors = {name.removeprefix("_orig_mod."): tensor
+                   for name, tensor in saved["model"].items() if not name.endswith(MASKS)}
+        weights = weights_from_file(config, "nanogpt", tensors)
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, EOFError,
+            pickle.UnpicklingError) as error:
+        reason = f"{error}".split("\n")[0]
+        raise ValueError(f"{path} is damaged, or not a checkpoint of nanoGPT, the only pickle that "
+                         f"is read ({type(error).__name__}: {reason:.150})") from None
+    return config, weights, ["gelu: nanoGPT computes the exact one, this model GPT-2's tanh "
+                             "approximation; OpenAI's logits differ by 3e-3"]
 
 
 def advice_on_pickles(folder):
     for name in sorted(os.listdir(folder)):
+        if name == "ckpt.pt":
+            return f". To open nanoGPT's checkpoint there, name the file: {folder}/{name}"
         if name.endswith((".bin", ".pt", ".pth", ".ckpt")):
             return (f". {name} is a pickle, which could run code, so it is not read: convert it "
                     "with transformers' save_pretrained")
     return ""
 
 
-def weights_from_file(config, tensors):
-    """Pick the model's parameters from a file's tensors, check their shapes, and turn them into
-    (out, in). What is built here is limited by what the file holds, not by what config claims."""
+def stored_model(config, architecture):
+    """-> (config of the same model as the architecture stores it, {name: parameter without
+    numbers}). Dropped biases are stored as zeros, and GPT-2 has each key/value head as often as
+    query heads share it."""
+    stored = config
+    if architecture in EXPRESSES:
+        stored = replace(stored, bias=True)
+    if architecture == "gpt2":
+        stored = replace(stored, gqa=False, n_kv_head=None)
+    with torch.device("meta"):
+        return stored, dict(GPT2(stored).named_parameters())
+
+
+def to_file(stored, architecture, name, tensor):
+    """[(name, tensor)] under which an architecture stores a parameter of a model with the config
+    `stored`."""
+    if architecture == "starcoder2":
+        for ours, theirs in STARCODER2.items():
+            name = name.replace(ours, theirs)
+        if "{}" not in name:
+            return [(name, tensor)]
+        width = stored.kv_heads * stored.head_dim
+        parts = tensor.split([stored.n_embd, width, width])
+        return [(name.format(letter), part) for letter, part in zip("qkv", parts, strict=True)]
+    if name.endswith(TRANSPOSED) and architecture != "nanogpt":
+        tensor = tensor.t()
+    return [(name, tensor)]
+
+
+def rows_of_heads(config):
+    """For each row of c_attn with a key/value head for each query head, the row of ours: with gqa
+    the heads of a group share one."""
+    heads = [config.n_head, config.kv_heads, config.kv_heads]
+    group = config.n_head // config.kv_heads
+    q, k, v = torch.arange(sum(heads) * config.head_dim).view(-1, config.head_dim).split(heads)
+    return torch.cat((q, k.repeat_interleave(group, 0), v.repeat_interleave(group, 0))).flatten()
+
+
+def weights_from_file(config, architecture, tensors):
+    """Pick the model's parameters from a file's tensors, and check their names and shapes. What is
+    built here is limited by what the file holds, not by what config claims."""
     found = {}
     for name, tensor in tensors.items():
-        name = name.removeprefix("transformer.")
+        name = short_name(name)
         if name in found:
-            raise ValueError(f"holds {name!r:.80} twice, with and without the prefix transformer.")
+            raise ValueError(f"holds {name!r:.80} twice, with and without its prefix")
         found[name] = tensor
     if config.n_layer > len(found):
         raise ValueError(f"config.json asks for {config.n_layer} layers, the file has {len(found)} "
                          "tensors")
-    with torch.device("meta"):
-        wanted = {name.removeprefix("transformer."): p.shape
-                  for name, p in GPT2(config).named_parameters()}
-    missing = [name for name in wanted if name not in found]
-    unknown = [name for name in found if name not in wanted and name != "lm_head.weight"]
+    stored, parameters = stored_model(config, architecture)
+    wanted = {name: [(short_name(part), x.shape) for part, x in
+                     to_file(stored, architecture, name, p)] for name, p in parameters.items()}
+    check_tensors(found, dict(part for parts in wanted.values() for part in parts))
+    weights = {}
+    for name, parts in wanted.items():
+        if len(parts) > 1:
+            tensor = torch.cat([found[part] for part, _ in parts])
+        else:                                                    # transposing undoes itself
+            ((_, tensor),) = to_file(stored, architecture, name, found[parts[0][0]])
+        weights[name] = narrow(stored, config, name, tensor.float())
+    return {name: tensor for name, tensor in weights.items() if tensor is not None}
+
+
+def short_name(name):
+    """A tensor's name without the prefix that some files leave out."""
+    return name.removeprefix("transformer.").removeprefix("model.")
+
+
+def check_tensors(found, shapes):
+    """Raise ValueError unless a file's tensors {name: tensor} have these names and shapes."""
+    missing = [name for name in shapes if name not in found]
+    unknown = [name for name in found if name not in shapes and name != "lm_head.weight"]
     if missing:
         raise ValueError(f"lacks {missing[0]} ({len(missing)} missing, {len(unknown)} unknown)")
     if unknown:
         raise ValueError(f"holds an unknown {unknown[0]!r:.80} ({len(unknown)} unknown)")
-    wte = found["wte.weight"]
+    for name, shape in shapes.items():
+        if found[name].shape != shape:
+            raise ValueError(f"{name} has shape {tuple(found[name].shape)}, config.json asks for "
+                             f"{tuple(shape)}")
+    wte = found[next(iter(shapes))]
     head = found.get("lm_head.weight")
     if head is not None and (head.dtype != wte.dtype or not torch.equal(head, wte)):
-        raise ValueError("lm_head.weight differs from wte.weight; in GPT-2 they are the same")
-    weights = {}
-    for name, shape in wanted.items():
-        tensor = found[name]
-        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
-            tensor = tensor.t()
-        if tensor.shape != shape:
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, config.json asks for "
-                             f"{tuple(shape)}")
-        weights["transformer." + name] = tensor.float()
-    return weights
+        raise ValueError("lm_head.weight differs from the token embedding; here they are the same")
 
 
-def write_weights(path, parameters, tensors, metadata=None):
-    """Write a model's weights to `path` in Hugging Face's layout, as float32.
-
-    parameters: {name: tensor}, of which only the shape is used. tensors: the values in the same
-    order; an iterator keeps one of them in memory at a time.
-    """
-    entries = {}
+def widen(stored, config, parameters, tensors):
+    """Yield the value of each of the `parameters` of a model with the config `stored`, from the
+    `tensors` of the same model with `config`: zeros for a dropped bias, a copy of a key/value head
+    for each head of its group."""
+    tensors = iter(tensors)
     for name, p in parameters.items():
-        shape = reversed(p.shape) if name.endswith(TRANSPOSED) else p.shape
-        entries[name] = (torch.float32, list(shape))
-    stored = (tensor.t() if name.endswith(TRANSPOSED) else tensor
-              for name, tensor in zip(parameters, tensors, strict=True))
-    with atomic_write(path) as f:
-        write_safetensors(f, entries, stored, metadata)
+        if name.endswith("bias") and not config.bias and stored.bias:
+            yield torch.zeros(p.shape)
+        elif "c_attn" in name and stored.kv_heads > config.kv_heads:
+            yield next(tensors)[rows_of_heads(config)]
+        else:
+            yield next(tensors)
+
+
+def narrow(stored, config, name, wide):
+    """The inverse of `widen` for one parameter; None for a dropped bias. Raises ValueError if
+    `widen` could not have made it."""
+    tensor = wide
+    same = True
+    if name.endswith("bias") and not config.bias and stored.bias:
+        tensor = None
+        same = not wide.any()
+    elif "c_attn" in name and stored.kv_heads > config.kv_heads:
+        rows = rows_of_heads(config)
+        tensor = wide.new_empty(rows.max() + 1, *wide.shape[1:])
+        tensor[rows] = wide
+        same = torch.equal(tensor[rows], wide)
+    if not same:
+        raise ValueError(f"{name} contradicts the gpt2_flags in config.json: other software has "
+                         "trained this model. Delete gpt2_flags to open it without these flags")
+    return tensor
+
+
+def write_pretrained(folder, config, tensors, tokenizer=None, metadata=None):
+    """Write a folder for `read_pretrained` and other tools: config.json, the files of the
+    tokenizer, and last the weights as float32, which make it complete. tensors: the parameters of
+    the model in order; an iterator keeps one of them in memory at a time."""
+    end_of_text = 50256 if config.vocab_size > 50256 else None
+    files = {}
+    if tokenizer is not None:
+        end_of_text = tokenizer.end_of_text
+        files = tokenizer.files()
+    files["config.json"] = json.dumps(config_to_json(config, end_of_text), indent=2).encode()
+    for name, content in files.items():
+        with atomic_write(f"{folder}/{name}") as f:
+            f.write(content)
+    architecture = choose_architecture(config)
+    stored, parameters = stored_model(config, architecture)
+    entries = {part: (torch.float32, x.shape) for name, p in parameters.items()
+               for part, x in to_file(stored, architecture, name, p)}
+    values = zip(parameters, widen(stored, config, parameters, tensors), strict=True)
+    parts = (part for name, tensor in values
+             for _, part in to_file(stored, architecture, name, tensor))
+    with atomic_write(f"{folder}/model.safetensors") as f:
+        write_safetensors(f, entries, parts, metadata)
 
 
 def convert(saved, weights, overrides):

@@ -28,20 +28,20 @@ from data.prepare import open_text
 from data.tokenizer import load_tokenizer, replace_surrogates
 from model import (
     GPT2,
-    SIZES,
+    SOURCES,
     GPT2Config,
     choose_compile,
     choose_device,
     choose_dtype,
     convert,
+    is_pretrained,
     read_pretrained,
 )
 
 
 @dataclass
 class Sampling:
-    init_from: str = flag("resume", "resume (the model in out_dir), " + ", ".join(SIZES)
-                          + ", or a folder with a checkpoint")
+    init_from: str = flag("resume", f"resume (the model in out_dir), {SOURCES}")
     out_dir: str = flag("out", "folder of the model that resume reads")
     start: str = flag(None, "prompt; FILE:name reads it from a file; <|endoftext|> starts a new "
                       "document [a line break, if the model knows it]", if_bare="")
@@ -99,14 +99,13 @@ def load(options, overrides):
         if not os.path.exists(f"{source}/config.json"):
             raise UserError(f"there is no checkpoint in {source}: train one with python train.py, "
                             "name its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
-    elif source not in SIZES and not os.path.isdir(source):
-        raise UsageError(f"--init_from={source} is not resume, one of {', '.join(SIZES)}, or a "
-                         "folder")
-    config, weights = read_pretrained(source)
+    elif not is_pretrained(source):
+        raise UsageError(f"--init_from={source} is not resume, {SOURCES}")
+    config, weights, notes = read_pretrained(source)
     with usage_errors():
         config, weights, changes = convert(config, weights, overrides)
     model = GPT2.from_weights(config, weights)
-    for change in changes:
+    for change in notes + changes:
         print(change, file=sys.stderr)                           # stdout is for the text
     tokenizer = load_tokenizer(source)
     if tokenizer.vocab_size > config.vocab_size:
@@ -142,17 +141,6 @@ def is_piped():
     except (OSError, AttributeError):                            # in a notebook, or closed
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
-
-
-def encode_prompt(tokenizer, text):
-    """-> ids (1, T). Here, unlike in data, <|endoftext|> is the token, if the tokenizer has one."""
-    parts = [text]
-    if tokenizer.end_of_text is not None:
-        parts = text.split("<|endoftext|>")
-    ids = []
-    for part in parts:
-        ids += [tokenizer.end_of_text, *tokenizer.encode(part).tolist()]
-    return torch.tensor([ids[1:]])
 
 
 def write_one(tokenizer, prompt, stream, stop_token):
@@ -213,7 +201,8 @@ def write():
         stop_token = tokenizer.end_of_text
         if stop_token is None:
             raise UsageError("--stop_at_eot has no effect: this model has no end-of-text token")
-    prompt = encode_prompt(tokenizer, read_prompt(options.start) or tokenizer.default_prompt())
+    text = read_prompt(options.start) or tokenizer.default_prompt()
+    prompt = torch.tensor(tokenizer.encode_prompt(text).tolist())[None]
     stream = model.stream(
         prompt.repeat(options.num_samples, 1).to(device), options.max_new_tokens,
         options.temperature, top_k=options.top_k or None,

@@ -303,7 +303,8 @@ def curve(out):
 
 def contents(out):
     """The bytes of a checkpoint, short: {file: hash}."""
-    names = ("config.json", "meta.json", "model.safetensors", train.STATE)
+    names = ("config.json", "meta.json", "tokenizer.json", "tokenizer_config.json",
+             "model.safetensors", train.STATE)
     return {name: hash((out / name).read_bytes()) for name in names}
 
 
@@ -361,7 +362,7 @@ def test_config_comes_back_from_json(flags):
     base = dict(rope_theta=500.0) if flags.get("rope") else {}
     config = small_config(dropout=0.1, **flags, **base)
     saved = json.loads(json.dumps(model_py.config_to_json(config)))
-    assert model_py.config_from_json(saved) == config
+    assert model_py.config_from_json(saved)[0] == config
 
 
 @pytest.mark.parametrize("wrong, words", [
@@ -705,6 +706,64 @@ def test_a_full_cache_is_refused():
         model(tokens(1, 17))
 
 
+@pytest.mark.parametrize("kind", [list, np.array, partial(np.array, dtype=np.uint16),
+                                  torch.tensor], ids=["list", "array", "uint16", "tensor"])
+def test_ids_of_one_text(kind):
+    """Fails if ids as a tokenizer gives them are refused or misread."""
+    model = small_model()
+    idx = tokens(1, 9)
+    ids = kind(idx[0].tolist())
+    assert torch.equal(model(ids)[0], model(idx)[0])
+    assert torch.equal(model(ids[:-1], ids[1:])[1], model(idx[:, :-1], idx[:, 1:])[1])
+    assert torch.equal(model.generate(ids, 5, temperature=0),
+                       model.generate(idx, 5, temperature=0))
+    for text in ("text", ["text"]):
+        for call in (model, partial(model.generate, max_new_tokens=3)):
+            with pytest.raises(TypeError, match="token ids, not text.*load_tokenizer"):
+                call(text)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m, GPT2.to_int8], ids=["float32", "int8"])
+def test_logits_beside_the_loss(convert):
+    """Fails if logits and loss cannot be had together, or differ from those alone."""
+    model = convert(small_model())
+    idx = tokens(3, 9)
+    logits, loss = model(idx, idx, return_logits=True)
+    assert torch.equal(logits, model(idx)[0]) and torch.equal(loss, model(idx, idx)[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", [*MATRIX, dict(rope=True, bias=False)], ids=setting_id)
+def test_inside_the_model(tmp_path, flags):
+    """Fails if hidden states or attention weights are others than transformers', or, where it
+    cannot say, do not turn the values into what the attention returns."""
+    model = small_model(**flags)
+    idx = tokens(2, 16)
+    states, weights = model.inspect(idx)
+    expected = []
+    for block, x in zip(model.transformer.h, states, strict=False):
+        attn = block.attn
+        *_, v = attn.c_attn(block.ln_1(x)).split(attn.sizes, dim=-1)
+        v = attn.split_heads(v).repeat_interleave(6 // model.config.kv_heads, dim=1)
+        y = (weights[len(expected)] @ v).transpose(1, 2).flatten(2)
+        assert_close(attn.c_proj(y), attn(block.ln_1(x), rotary_tables(
+            torch.arange(16), 8, 10000.0) if flags.get("rope") else None), 1e-4)
+        expected.append(None)
+    mask = model_py.visible(torch.arange(16), torch.arange(16), model.config.window_size)
+    assert all((w[..., ~mask] == 0).all() and w.shape == (2, 6, 16, 16) for w in weights)
+    assert torch.equal(states[-1], model.hidden(idx)) and len(states) == 3 and len(weights) == 2
+    assert not model.transformer.h[0]._forward_pre_hooks
+    model.save_pretrained(tmp_path)
+    if flags.get("sliding_window") and not flags.get("rope"):
+        return
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, attn_implementation="eager").eval()
+    out = theirs(idx, output_hidden_states=True, output_attentions=True)
+    for ours, others in ((states, out.hidden_states), (weights, out.attentions)):
+        for a, b in zip(ours, others, strict=True):
+            assert_close(a, b, 1e-4)
+
+
 def test_the_file_stands_alone(tmp_path):
     """Fails if `python model.py` needs any file beside it or any package but torch."""
     shutil.copy(model_py.__file__, tmp_path / "model.py")
@@ -808,6 +867,27 @@ def test_generate_stops_each_text_by_itself():
     assert len(list(stream)) == 1                                # nothing once all have stopped
 
 
+@every_flag_setting
+def test_texts_of_several_lengths(flags):
+    """Fails if a text in a batch is written otherwise than alone: shifted, seeing its neighbours,
+    read anew elsewhere, stopped by its own prompt or not at all."""
+    model = small_model(**flags)
+    texts = [tokens(n, seed=n) for n in (3, 11, 1, 19)]
+    alone = [model.generate(text, 7, temperature=0)[0] for text in texts]
+    stop = alone[1][12].item()
+    for how in ({}, dict(use_cache=False), dict(stop_token=stop)):
+        expected = alone
+        if "stop_token" in how:
+            expected = [model.generate(text, 7, temperature=0, **how)[0] for text in texts]
+        together = model.generate(texts, 7, temperature=0, **how)
+        assert all(map(torch.equal, together, expected)) and len(together) == 4
+    (unchanged,) = model.generate([texts[0].tolist()], 0)
+    assert torch.equal(unchanged, texts[0])
+    for wrong in (dict(max_new_tokens=-1), dict(idx=[texts[0], []])):
+        with pytest.raises(ValueError, match="must be"):
+            model.generate(**dict(idx=texts, max_new_tokens=2) | wrong)
+
+
 def test_generate_leaves_the_model_as_it_was():
     """Fails if evaluation mode stays on after sampling, even when the sampling is broken off."""
     model = small_model(dropout=0.5)
@@ -825,7 +905,7 @@ def test_generate_leaves_the_model_as_it_was():
 @pytest.mark.parametrize("wrong", [
     dict(temperature=-1), dict(temperature=math.nan), dict(temperature=math.inf), dict(top_k=0),
     dict(top_p=0), dict(top_p=1.1), dict(max_new_tokens=-1), dict(idx=tokens(1, 0)),
-    dict(idx=tokens(3))], ids=str)
+    dict(idx=tokens(1, 2, 3))], ids=str)
 def test_generate_refuses(wrong):
     """Fails if a value out of range samples nonsense or dies in a tensor operation."""
     arguments = dict(idx=tokens(1, 3), max_new_tokens=2) | wrong
@@ -987,7 +1067,7 @@ def test_dialects_of_the_same_checkpoint(tmp_path, dtype, prefix):
     expected = theirs.float()(idx).logits
     assert_close(ours(idx)[0], expected, 1e-4 * expected.std())
     write_folder(tmp_path, tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, config)
-    with pytest.raises(ValueError, match="lm_head.weight differs from wte.weight"):
+    with pytest.raises(ValueError, match="lm_head.weight differs from the token"):
         GPT2.from_pretrained(tmp_path)
     twice = {"transformer.ln_f.bias": torch.zeros(24), "ln_f.bias": torch.zeros(24)}
     write_folder(tmp_path, tensors | twice, config)
@@ -1024,13 +1104,13 @@ class InventedConfig(GPT2Config):
 @torch.no_grad()
 @pytest.mark.parametrize("field", [f for f in fields(InventedConfig) if f.type is bool],
                          ids=lambda field: field.name)
-def test_transformers_refuses_a_variant_or_agrees(tmp_path, field):
+def test_others_refuse_a_model_or_agree(tmp_path, field):
     """Fails if transformers loads a model with any boolean changed and computes something else, or
-    refuses one that is plain GPT-2."""
+    refuses one that a stock architecture computes."""
     config = InventedConfig(16, 61, 2, 6, 48, **{field.name: not field.default})
     model = loud(GPT2(config, seed=0), 12)
     model.save_pretrained(tmp_path)
-    if "in_gpt2" in field.metadata:
+    if field.name not in ("sliding_window", "invented"):
         theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
         expected = model(tokens(2, 16))[0]
         assert_close(theirs(tokens(2, 16)).logits, expected, 1e-4 * expected.std())
@@ -1040,11 +1120,216 @@ def test_transformers_refuses_a_variant_or_agrees(tmp_path, field):
             reader.from_pretrained(tmp_path)
 
 
+STOCK = [flags | more for flags in MATRIX[:8] for more in ({}, dict(bias=False))
+         if flags["rope"] or not flags["sliding_window"]]
+STOCK += [dict(rope=True, rope_theta=500.0, gqa=True, n_kv_head=6), dict(gqa=True, n_kv_head=1),
+          dict(rope=True, n_head=4, sliding_window=True, window_size=16, flash=False)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("flags", STOCK, ids=setting_id)
+def test_transformers_computes_the_same(tmp_path, flags):
+    """Fails if a flag is lost or changed on the way to a stock architecture, or does not come back
+    to the bit; or if config.json tells other tools anything that is not so."""
+    model = small_model(**flags)
+    model.save_pretrained(tmp_path)
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert theirs.config.model_type == ("starcoder2" if flags.get("rope") else "gpt2")
+    assert theirs.config.max_position_embeddings == 16 and theirs.config.eos_token_id is None
+    length = 40 if flags.get("rope") else 16                     # longer than the window
+    idx = tokens(5, length)
+    expected = model(idx)[0]
+    assert_close(theirs(idx).logits, expected, 1e-5 * expected.std())
+    start = idx[:, :length - 9]
+    greedy = theirs.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=9,
+                             do_sample=False)
+    cached = model.generate(start, 9, temperature=0) if length == 16 else start
+    while cached.size(1) < length:                               # ours would read the text anew
+        cached = torch.cat((cached, model(cached)[0][:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(greedy, cached)
+    theirs.save_pretrained(tmp_path)                             # by their writer, and back
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("flags, name", [
+    (dict(gqa=True), "transformer.h.1.attn.c_attn.bias"),
+    (dict(bias=False), "transformer.ln_f.bias"),
+    (dict(rope=True, bias=False), "model.layers.1.self_attn.k_proj.bias")], ids=str)
+def test_training_by_other_software_is_noticed(tmp_path, flags, name):
+    """Fails if weights that no longer have our flags lose what was learned, without a word."""
+    model = small_model(**flags)
+    model.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors[name][-1] += 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="contradicts the gpt2_flags .* Delete gpt2_flags"):
+        GPT2.from_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["gpt2_flags"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        expected = theirs(tokens(2, 16)).logits
+        assert_close(GPT2.from_pretrained(tmp_path)(tokens(2, 16))[0], expected,
+                     1e-5 * expected.std())
+
+
+OLD = {"n_ctx": 16, "n_positions": 16, "vocab_size": 61, "n_layer": 2, "n_head": 6, "n_embd": 48,
+       "activation_function": "gelu_new", "dropout": 0.0, "bias": True, "rope": False,
+       "rope_theta": 10000.0, "gqa": False, "n_kv_head": None, "sliding_window": False,
+       "window_size": None, "flash": True}
+
+
+@every_flag_setting
+def test_checkpoints_of_older_versions(tmp_path, flags):
+    """Fails if a folder in which all variants had their own model_type and our layout is refused or
+    misread."""
+    model = small_model(**flags)
+    tensors = {name: p.t() if name.endswith(model_py.TRANSPOSED) else p
+               for name, p in model.state_dict().items()}
+    kind = "gpt2-variant" if model.config.beyond_gpt2 else "gpt2"
+    shape = {name: value for name, value in vars(model.config).items() if name in OLD}
+    write_folder(tmp_path, tensors, {**OLD, **shape, "model_type": kind})
+    again = GPT2.from_pretrained(tmp_path)
+    assert again.config == model.config
+    assert_same_tensors(model.state_dict(), again.state_dict())
+
+
+def hf_starcoder2(**fields):
+    """transformers' StarCoder2 with random weights."""
+    shape = dict(max_position_embeddings=32, vocab_size=97, num_hidden_layers=2, hidden_size=24,
+                 num_attention_heads=6, num_key_value_heads=2, intermediate_size=96,
+                 bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    config = transformers.Starcoder2Config(**shape | fields)
+    return loud(transformers.Starcoder2ForCausalLM(config), 3)
+
+
+def rope(theta, **more):
+    return dict(rope_parameters={"rope_type": "default", "rope_theta": theta, **more})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fields", [
+    {}, rope(500.0), dict(sliding_window=5), dict(num_key_value_heads=6, residual_dropout=0.5),
+    dict(num_key_value_heads=1, sliding_window=32, **rope(1e6))], ids=str)
+@pytest.mark.parametrize("how", ["whole", "sharded", "without a prefix"])
+def test_starcoder2_of_transformers(tmp_path, fields, how):
+    """Fails if a StarCoder2 of transformers' making is refused or misread."""
+    theirs = hf_starcoder2(**fields)
+    saved = theirs.model if how == "without a prefix" else theirs
+    saved.save_pretrained(tmp_path, max_shard_size="5KB" if how == "sharded" else "1GB")
+    assert (tmp_path / "model.safetensors").exists() == (how != "sharded")
+    ours = GPT2.from_pretrained(tmp_path)
+    assert ours.config.kv_heads == theirs.config.num_key_value_heads
+    idx = tokens(3, 32, vocab_size=97)
+    expected = theirs(idx).logits
+    assert_close(ours(idx)[0], expected, 1e-5 * expected.std())
+
+
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "gelu"), ("use_bias", False), ("tie_word_embeddings", False),
+    ("norm_epsilon", 1e-6), ("head_dim", 6), ("intermediate_size", 90), ("rope_parameters", 5),
+    ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
+    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("num_key_value_heads", 4),
+    ("model_type", "mistral"), ("model_type", ["gpt2"]), ("gpt2_flags", {"n_embd": 48}),
+    ("gpt2_flags", ["rope"]), ("gpt2_flags", {"new": 1}), ("sliding_window", "5")], ids=str)
+def test_other_starcoder2s_are_refused(tmp_path, field, value):
+    """Fails if a StarCoder2 is loaded that this model cannot compute, or the error does not name
+    what it is."""
+    hf_starcoder2().save_pretrained(tmp_path)
+    edit_config(tmp_path, **{field: value})
+    words = {"num_key_value_heads": "n_kv_head=4", "sliding_window": "window_size='5'"}
+    with pytest.raises(ValueError, match=words.get(field, "flag 'new'|hidden_size=" if field ==
+                                                   "gpt2_flags" and value != ["rope"] else field)):
+        GPT2.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("index", [
+    "{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 5}}',
+    '{"weight_map": {}}', '{"weight_map": {"a": "model-1.bin"}}'])
+def test_damaged_indexes_are_refused(tmp_path, index):
+    """Fails if an index leads out of its folder or to a pickle, or its damage gives a traceback."""
+    hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match="index.json is damaged"):
+        GPT2.from_pretrained(tmp_path)
+
+
+class NanoGPT(torch.nn.Module):
+    """nanoGPT's model, from its parameters' names and the exact GELU: nothing but torch's own."""
+
+    def __init__(self, tensors, n_head):
+        super().__init__()
+        self.tensors = tensors
+        self.n_head = n_head
+
+    def forward(self, idx):
+        def linear(x, name):
+            weight, bias = (self.tensors.get(f"{name}.{kind}") for kind in ("weight", "bias"))
+            if weight.dim() == 1:
+                return F.layer_norm(x, weight.shape, weight, bias)
+            return F.linear(x, weight, bias)
+        T = idx.size(1)
+        x = self.tensors["transformer.wte.weight"][idx]
+        x = x + self.tensors["transformer.wpe.weight"][:T]
+        for i in range(2):
+            h = f"transformer.h.{i}."
+            qkv = linear(linear(x, h + "ln_1"), h + "attn.c_attn")
+            q, k, v = (y.unflatten(2, (self.n_head, -1)).transpose(1, 2) for y in qkv.chunk(3, -1))
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + linear(y.transpose(1, 2).flatten(2), h + "attn.c_proj")
+            y = F.gelu(linear(linear(x, h + "ln_2"), h + "mlp.c_fc"))
+            x = x + linear(y, h + "mlp.c_proj")
+        return F.linear(linear(x, "transformer.ln_f"), self.tensors["transformer.wte.weight"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
+def test_nanogpt_checkpoints(tmp_path, monkeypatch, bias, prefix):
+    """Fails if a checkpoint of nanoGPT's is misread (but for its GELU, which is told), or code in
+    it runs."""
+    shape = dict(n_layer=2, n_head=6, n_embd=48, block_size=16, vocab_size=61, bias=bias)
+    source = loud(GPT2(GPT2Config(**shape), seed=0), 6)
+    tensors = {**source.state_dict(), "lm_head.weight": source.transformer.wte.weight}
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    saved = {"model": {prefix + name: t for name, t in tensors.items()}, "iter_num": 5,
+             "model_args": {**shape, "dropout": 0.0}, "best_val_loss": torch.tensor(1.5),
+             "config": {"out_dir": "out"}, "optimizer": {"state": {0: {"step": torch.ones(1)}}}}
+    torch.save(saved, tmp_path / "ckpt.pt")
+    model = GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    assert model.config == source.config and "gelu: nanoGPT computes the exact" in model.changes[0]
+    assert_same_tensors(model.state_dict(), source.state_dict())
+    with pytest.raises(FileNotFoundError, match="name the file: .*/ckpt.pt"):
+        GPT2.from_pretrained(tmp_path)
+    idx = tokens(3, 16)
+    theirs = NanoGPT(tensors, 6)(idx)
+    assert 1e-4 < (model(idx)[0] - theirs).abs().max() / theirs.std() < 0.1
+    monkeypatch.setattr(F, "gelu", lambda x, gelu=F.gelu, approximate="": gelu(x))
+    assert_close(model(idx)[0], theirs, 1e-5 * theirs.std())
+    for damage in (dict(saved, model_args={"n_layer": 2}), dict(saved, model=5), [1], "text",
+                   dict(saved, model_args=shape | {"rotary": True}), Malicious(f"{tmp_path}/ran")):
+        torch.save(damage, tmp_path / "ckpt.pt")
+        with pytest.raises(ValueError, match="ckpt.pt is damaged, or not a checkpoint of nanoGPT"):
+            GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    for raw in (b"", b"PK", pickle.dumps(5), (tmp_path / "ckpt.pt").read_bytes()[:-99]):
+        (tmp_path / "ckpt.pt").write_bytes(raw)
+        with pytest.raises(ValueError, match="ckpt.pt is damaged"):
+            GPT2.from_pretrained(tmp_path / "ckpt.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_unknown_changes_are_refused(tmp_path):
     """Fails if an unknown change of a variant is ignored, or a plain GPT-2 is refused for one."""
     invented = InventedConfig(16, 61, 2, 6, 48, invented=True)
     GPT2(invented).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="config.json.* has the field 'invented'"):
+    with pytest.raises(ValueError, match="config.json.* has the flag 'invented'"):
         GPT2.from_pretrained(tmp_path)
     GPT2(replace(invented, invented=False)).save_pretrained(tmp_path)
     edit_config(tmp_path, summary_type="mean")
@@ -1300,7 +1585,7 @@ def test_a_pickle_is_never_read(tmp_path):
     missing = "model.safetensors not found. pytorch_model.bin is a pickle.* convert it"
     with pytest.raises(FileNotFoundError, match=missing):
         GPT2.from_pretrained(tmp_path)
-    unknown = "'gpt3' is not a folder, and not one of the names gpt2, gpt2-medium"
+    unknown = "'gpt3' was not found: it is none of gpt2, gpt2-medium.* a folder with a checkpoint"
     with pytest.raises(FileNotFoundError, match=unknown):
         GPT2.from_pretrained("gpt3")
     assert not (tmp_path / "ran").exists()
@@ -1518,6 +1803,31 @@ def test_download_once_then_offline(hub, tmp_path, monkeypatch):
     assert not hub.log
 
 
+@pytest.mark.parametrize("name, repo, sharded", [
+    ("distilgpt2", "distilbert/distilgpt2", False), ("openai-community/gpt2", None, False),
+    ("someone/gpt2", None, True), ("some.one/my_model-2", None, False)])
+def test_any_model_of_the_hub(hub, tmp_path, monkeypatch, name, repo, sharded):
+    """Fails if a name does not lead to its files, or to those of a namesake in the cache; if an
+    index is not followed; or if its own tokenizer is overlooked."""
+    theirs = hf_starcoder2(vocab_size=61, max_position_embeddings=16)
+    theirs.save_pretrained(tmp_path / "new", max_shard_size="5KB" if sharded else "1GB")
+    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    namesake = tmp_path / "home/hub/models--gpt2/snapshots/main"
+    if name == "someone/gpt2":
+        small_model().save_pretrained(namesake)
+    idx = tokens(2, 16)
+    with torch.no_grad():
+        expected = theirs(idx).logits
+        assert_close(GPT2.from_pretrained(name)(idx)[0], expected, 1e-4 * expected.std())
+    places = {path.rpartition("/resolve/main/")[0] for _, path, _ in hub.log if "resolve/" in path}
+    assert places == {f"/{repo or name}"}
+    assert load_tokenizer(name).name == "gpt2"
+    hub.files["vocab.json"] = b'{"a": 0}'
+    if "/" in name:
+        with pytest.raises(ValueError, match="vocab.json is another tokenizer"):
+            load_tokenizer(name)
+
+
 @pytest.mark.parametrize("repo", ["gpt2", "openai-community--gpt2"])
 def test_the_cache_of_transformers_is_used(hub, tmp_path, repo):
     """Fails if files that transformers downloaded are downloaded again, or an old version used."""
@@ -1646,7 +1956,7 @@ def test_hub_errors(hub, tmp_path, monkeypatch, name, answer, outcome):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     before = files_under(tmp_path)
     vars(hub).update(answer)
-    with pytest.raises((ConnectionError, ValueError)) as error:
+    with pytest.raises((ConnectionError, FileNotFoundError, ValueError)) as error:
         download.hub_file("openai-community/gpt2", name)
     message = str(error.value)
     assert "secret" not in message
@@ -1710,6 +2020,69 @@ def test_character_table():
     for unknown in ("abz", "ab\U0010ffff", "a\ud83d"):
         with pytest.raises(ValueError, match="is not among the 6"):
             t.encode(unknown)
+
+
+@needs_bpe
+@needs_shakespeare
+@pytest.mark.parametrize("kind", ["gpt2", "char", "char without the token"])
+def test_transformers_makes_the_same_tokenizer(tmp_path, kind):
+    """Fails if transformers' tokenizer gives other ids than ours for real text, or another text for
+    them, or turns a character that the model does not know into something."""
+    text = SHAKESPEARE.read_text()[:100_000].replace("\n\n", "\r\n<|endoftext|>\t\t")
+    text += "\tx\t\ty \r\n\n  z\x00\u3000 日本 'll <|END|>'s\n"
+    table = GPT2Tokenizer()
+    if kind != "gpt2":
+        characters = "".join(sorted(set(text)))
+        table = CharTokenizer(characters, len(characters) if kind == "char" else None)
+    GPT2(small_config(vocab_size=table.vocab_size)).save_pretrained(tmp_path, table)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = table.encode_prompt(text).tolist()
+    assert theirs(text).input_ids == ids and len(theirs) == table.vocab_size
+    assert theirs.decode(ids) == table.decode(ids) == text
+    assert theirs.eos_token_id == table.end_of_text
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == table.end_of_text
+    assert load_tokenizer(tmp_path).to_json() == table.to_json()
+    if kind == "gpt2":
+        assert theirs(text, split_special_tokens=True).input_ids == table.encode(text).tolist()
+        (tmp_path / "meta.json").unlink()                        # as other tools leave it
+        assert load_tokenizer(tmp_path).name == "gpt2"
+        theirs.save_pretrained(tmp_path)
+        assert load_tokenizer(tmp_path).name == "gpt2"
+    else:
+        with pytest.raises(Exception, match="UNK"):
+            theirs("Ж")
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path):
+    """Fails if ids of another vocabulary are taken for GPT-2's, or a damaged file gives a
+    traceback."""
+    for name, content in (("vocab.json", '{"a": 0, "b": 1}'), ("vocab.json", '["a"]'),
+                          ("tokenizer.json", '{"model": {"vocab": {"a": 0}}}'),
+                          ("tokenizer.json", '{"model": {"vocab": [["a", 0.5]]}}'),
+                          ("tokenizer.json", "{")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=f"{name} (is another tokenizer|cannot be read)"):
+            load_tokenizer(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def no_bpe_files():
+    os.environ["TIKTOKEN_CACHE_DIR"] = "/nowhere"
+
+
+@needs_bpe
+@pytest.mark.parametrize("before, missing", [
+    (None, set()), (no_bpe_files, {"vocab.json", "merges.txt"})])
+def test_a_run_does_not_wait_for_the_tokenizer(tmp_path, before, missing):
+    """Fails if a run downloads GPT-2's files, does not say that they are missing, or leaves them
+    out with them at hand."""
+    for split in ("train", "val"):
+        random_ids(200).astype("<u2").tofile(tmp_path / f"{split}.bin")
+    done = run("train", *flags(dataset=tmp_path, out_dir=tmp_path / "out", max_iters=1,
+                               eval_iters=1, n_embd=4), before=before)
+    files = {"meta.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
+    assert files & {*os.listdir(tmp_path / "out")} == files - missing
+    assert ("other programs will find none in" in done.out) == bool(missing)
 
 
 TOO_MANY = "".join(map(chr, range(0x20000, 0x30000)))
@@ -2654,7 +3027,7 @@ def test_earlier_runs_are_kept(data, tmp_path):
     assert folders == {"run-1", "run-2", "run-3", "run-4"}
 
 
-@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("n", range(1, 10))
 def test_interrupted_move_is_finished(straight, tmp_path, monkeypatch, n):
     """Fails if a kill at the n-th file of a run that is moved away tears this run apart, or leaves
     a half that could be resumed."""
@@ -2674,7 +3047,7 @@ def test_interrupted_move_is_finished(straight, tmp_path, monkeypatch, n):
         train.set_aside(str(out))
     assert (out / train.STATE).exists() == (n == 1)
     assert train.set_aside(str(out)) == str(out / "run-2") and train.set_aside(str(out)) is None
-    assert len(files) == 7 and files_of(out / "run-2") == files and files_of(out) == {}
+    assert len(files) == 9 and files_of(out / "run-2") == files and files_of(out) == {}
     assert files_of(out / "run-1") == files_of(straight / "cut")
 
 
@@ -3075,9 +3448,9 @@ def test_resume_to_the_bit(data, tmp_path, mode, ranks):
     same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_transformers_opens_a_checkpoint(data, straight):
-    """Fails if Hugging Face's reader refuses the folder of a run, or reads another model than the
-    one that was evaluated."""
+def test_transformers_opens_a_checkpoint(data, straight, tmp_path):
+    """Fails if Hugging Face's reader refuses the folder of a run, reads another model than the one
+    that was evaluated, or tokenizes or writes otherwise; or if another tool's copy loses it."""
     x, y = loader.TokenDataset([f"{data}/val.bin"], 32, 50).__getitems__(range(5))
     theirs = transformers.GPT2LMHeadModel.from_pretrained(straight / "whole").eval()
     with torch.no_grad():
@@ -3086,6 +3459,12 @@ def test_transformers_opens_a_checkpoint(data, straight):
     assert_close(logits, expected, 1e-4 * expected.std())
     loss = F.cross_entropy(expected.flatten(0, 1), y.flatten()).item()
     assert curve(straight / "whole")[-1]["val_loss"] == pytest.approx(loss, rel=2e-5)
+    run("train", *flags(dataset=data, out_dir=tmp_path, max_iters=2, **ALL))
+    for out, kind in ((straight / "whole", "GPT2"), (tmp_path, "Starcoder2")):
+        pipeline = transformers.pipeline("text-generation", str(out))
+        assert type(pipeline.model).__name__.startswith(kind)
+        text = pipeline("ab c", max_new_tokens=20, do_sample=False)[0]["generated_text"]
+        assert [text] == generated(out, "ab c", 1, 20, temperature=0) and len(text) == 24
 
 
 class Watched:
@@ -3111,6 +3490,30 @@ class Watched:
             self.f.flush()
         self.due("write", half)
         return self.f.write(content)
+
+
+@pytest.mark.parametrize("typed, words", [
+    (["--max_iters=40"], "rate is 0.00185, no longer 0.0002: max_iters=40, was 9"),
+    (["--max_iters=10", "--learning_rate=4e-3", "--min_lr=3e-4"], "learning_rate=0.004, was 0.002"),
+    (["--max_iters=40", "--lr_decay_iters=9"], None)], ids=str)
+def test_a_jump_of_the_learning_rate_is_told(straight, capsys, monkeypatch, typed, words):
+    """Fails if a resumed run jumps to another learning rate without a word, or talks of one that
+    stays."""
+    monkeypatch.setattr(train, "run_training", lambda *args: None)
+    code, out, err = here(capsys, "train", "--init_from=resume", f"--out_dir={straight / 'whole'}",
+                          "--device=cpu", *typed)
+    out = " ".join(out.split())
+    assert code == 0 and (words or "mode single") in out, (out, err)
+    assert words or "learning rate" not in out
+
+
+def test_benchmark_tells_random_weights(data, straight, capsys, monkeypatch):
+    """Fails if --benchmark does not say whose weights it times."""
+    monkeypatch.setattr(train, "benchmark", lambda trainer: None)
+    for source, told in (("scratch", True), (straight / "whole", False)):
+        code, out, _ = here(capsys, "train", f"--dataset={data}", f"--init_from={source}",
+                            "--device=cpu", "--benchmark")
+        assert code == 0 and ("weights   random" in out) == told
 
 
 def at_disk_call(n, act, calls=None):
@@ -3184,9 +3587,9 @@ def moments(calls, every):
     if every:
         return range(len(calls))
     replaces = [i for i, name in enumerate(calls) if name == "replace"]
-    assert len(replaces) == 5 and calls.count("link") == 1       # exports, previous, the state
-    return [replaces[1] + 3, replaces[2] - 1, replaces[2], replaces[2] + 9, calls.index("link"),
-            replaces[4]]
+    assert len(replaces) == 7 and calls.count("link") == 1       # exports, previous, the state
+    return [replaces[3] + 3, replaces[4] - 1, replaces[4], replaces[4] + 9, calls.index("link"),
+            replaces[6]]
 
 
 def look(capsys, out, exports):
@@ -3827,7 +4230,8 @@ def bad(data, straight, tmp_path_factory):
     weights.write_bytes(weights.read_bytes()[:-9])
     packed = gzip.compress(random.Random(0).randbytes(99999).hex().encode())
     contents = {
-        "nanogpt/meta.pkl": b"", "pickle/model.safetensors": pickle.dumps(list(range(9))),
+        "nanogpt/meta.pkl": b"", "ckpt.pt": b"PK",
+        "pickle/model.safetensors": pickle.dumps(list(range(9))),
         "bpe/meta.json": b'{"tokenizer": "gpt2"}', "file": b"", "text": TEXT.encode(),
         "counts/meta.json": b'{"tokenizer": "gpt2", "tokens": 5}', "cut.gz": packed[:-9],
         "wrong.gz": packed[:70000] + bytes(99) + packed[70099:], "late": b"a" * 9999 + b"\xff",
@@ -3870,6 +4274,8 @@ def test_flags(capsys, monkeypatch, script):
 BAD = """
 train    2  --n_layr=2                                             did you mean --n_layer?
 train    2  --tokenizer                                            there is no flag --tokenizer (
+train    2  --lr=1e-3                                              did you mean --learning_rate?
+sample   2  --prompt=x                                             did you mean --start?
 train    2  --n_layer=two                                          --n_layer: invalid int value: 'two'
 train    2  --rope=maybe                                           neither True nor False
 train    2  config/train_gpt2.py                                   config files are not run
@@ -3910,6 +4316,10 @@ train    1  --block_size=512                                       smaller --blo
 train    2  --init_from=gpt3                                       is not scratch, resume, auto
 train    1  --init_from=resume                                     there is no checkpoint in
 train    1  --init_from=gpt2                                       Without a network, copy the file to
+train    1  --init_from=some/model                                 Without a network, copy the file to
+train    2  --init_from=some/where/model                           a model of the hub (owner/name)
+train    1  --init_from={bad}/none.pt                              none.pt
+train    1  --init_from={bad}/ckpt.pt                              not a checkpoint of nanoGPT
 train    2  --init_from={run} --n_head=4                           n_head=4 contradicts
 train    2  --init_from=resume --out_dir={run} --n_layer=3         contradicts the checkpoint
 train    2  --init_from=resume --out_dir={run} --muon              muon=True contradicts the checkpoint
@@ -3939,7 +4349,7 @@ sample   2  --stop_at_eot                                          no end-of-tex
 sample   2  --block_size=99                                        the checkpoint's 32 positions
 sample   2  --window_size=4                                        add --sliding_window
 sample   1  --out_dir={bad}/pickle                                 could run code
-sample   1  --out_dir={bad}/nometa                                 meta.json is missing
+sample   1  --out_dir={bad}/nometa                                 nometa/tokenizer.json is another tokenizer
 sample   1  --out_dir={bad}/empty                                  no checkpoint in
 sample   1  --start=abZ                                            'Z' is not among the 12
 sample   1  --start=FILE:{bad}/none                                none
@@ -4155,6 +4565,22 @@ def test_readme_commands(monkeypatch):
             if script in parse and argv != ["--help"]:
                 parse[script]()
     assert len(commands) >= 15 and {script for _, script, _ in commands} >= parse.keys()
+
+
+def test_readme_python(straight, tmp_path, monkeypatch, capsys):
+    """Fails if the README's example of the library does not run, or does something else than its
+    comments say."""
+    (code,) = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    shutil.copytree(straight / "whole", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names = {}
+    exec(code, names)
+    assert capsys.readouterr().out.startswith("def ") and names["loss"] > 0
+    assert names["logits"].shape == (1, 3, 12) and [len(t) for t in names["texts"]] == [104, 102]
+    same = {*contents(tmp_path / "out")} - {train.STATE, "model.safetensors"}
+    assert all((tmp_path / "copy" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+               for name in same)
 
 
 def test_readme_links():

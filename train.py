@@ -60,7 +60,8 @@ class Run:
     never taken from a checkpoint."""
     init_from: str = flag(
         "scratch", "scratch, resume, auto (resume if out_dir has a checkpoint, else scratch), "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder with a checkpoint", runtime=True)
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2, a model of the hub (owner/name), a "
+        "folder with a checkpoint, or a ckpt.pt of nanoGPT", runtime=True)
     out_dir: str = flag("out", "folder for checkpoint, metrics.jsonl and loss.svg", runtime=True)
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
@@ -123,6 +124,8 @@ STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
+# The flags that `learning_rate` reads
+SCHEDULE = ("learning_rate", "decay_lr", "warmup_iters", "lr_decay_iters", "max_iters", "min_lr")
 # The flags that have an effect on --eval_only
 EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only",
               "eval_stride", "fsdp", "hsdp", "backend", "device", "dtype", "compile"}
@@ -148,17 +151,18 @@ from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model import (
     GPT2,
     SIZES,
+    SOURCES,
     GPT2Config,
     atomic_write,
     choose_compile,
     choose_device,
     choose_dtype,
-    config_to_json,
     convert,
+    is_pretrained,
     read_pretrained,
     read_safetensors,
+    write_pretrained,
     write_safetensors,
-    write_weights,
 )
 
 SHAPE = {f.name: f for f in fields(GPT2Config)}
@@ -225,9 +229,8 @@ def resolve(typed):
             raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
                             + advice_on_old_layout(asked.out_dir))
         source = "resume" if found else "scratch"
-    elif source != "scratch" and source not in SIZES and not os.path.isdir(source):
-        raise UsageError(f"--init_from={source} is not scratch, resume, auto, one of "
-                         f"{', '.join(SIZES)}, or a folder")
+    elif source != "scratch" and not is_pretrained(source):
+        raise UsageError(f"--init_from={source} is not scratch, resume, auto, {SOURCES}")
     if asked.size and source != "scratch":
         raise UsageError("--size has no effect on weights that have a size: leave it out")
     checkpoint = None
@@ -240,8 +243,8 @@ def resolve(typed):
         elif asked.dataset == Run.dataset and typed.get("muon", True):
             recipe.update(STDLIB)
         if asked.eval_only:
-            raise UsageError("--eval_only would measure random weights: add --init_from=resume, a "
-                             f"folder or one of {', '.join(SIZES)}")
+            raise UsageError("--eval_only would measure random weights: add --init_from=resume, "
+                             f"{SOURCES}")
     elif source == "resume":
         recipe = {}
         checkpoint = Checkpoint(asked.out_dir)
@@ -665,16 +668,8 @@ def save_export(trainer, tokenizer):
     whole = map(gathered, trainer.parameters.values())
     if not is_main():
         return exhaust(whole)
-    out_dir = trainer.run.out_dir
-    write_json(f"{out_dir}/config.json", config_to_json(trainer.config))
-    write_json(f"{out_dir}/meta.json", tokenizer.to_json())
-    write_weights(f"{out_dir}/model.safetensors", trainer.parameters, whole,
-                  {"step": str(trainer.state.step)})
-
-
-def write_json(path, content):
-    with atomic_write(path) as f:
-        f.write(json.dumps(content, indent=2).encode())
+    write_pretrained(trainer.run.out_dir, trainer.config, whole, tokenizer,
+                {"step": str(trainer.state.step)})
 
 
 def exhaust(tensors):
@@ -687,8 +682,9 @@ def set_aside(out_dir):
     """Move the run that a new one would overwrite into the first free out_dir/run-N. Returns that
     folder, None if there is no run. The state goes first, so that half of a run is never resumed,
     and the weights last: as long as they are here, the next call finishes an interrupted move."""
-    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "metrics.jsonl",
-             "loss.svg", "tensorboard", "model.safetensors"]
+    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "tokenizer.json",
+             "tokenizer_config.json", "vocab.json", "merges.txt", "metrics.jsonl", "loss.svg",
+             "tensorboard", "model.safetensors"]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
     if STATE not in here and "model.safetensors" not in here:
         return None
@@ -1001,13 +997,13 @@ def choose_model(run, shape, checkpoint, tokenizer):
         with usage_errors():
             config = GPT2Config(**shape)
     else:                                                        # the exported model
-        if source in SIZES:
-            main_first(lambda: read_pretrained(source))
+        if not os.path.exists(source):                           # they are downloaded
+            main_first(lambda: (read_pretrained(source), load_tokenizer(source)))
+        saved_config, weights, notes = read_pretrained(source)
         trained_with = load_tokenizer(source)
-        saved_config, weights = read_pretrained(source)
         with usage_errors():
             config, weights, changes = convert(saved_config, weights, shape)
-        for change in changes:
+        for change in notes + changes:
             announce("changed", change)
     if trained_with.to_json() != tokenizer.to_json():
         raise UserError(f"{source} uses {trained_with.name} tokens, vocabulary "
@@ -1375,6 +1371,20 @@ def learning_rate(run, step):
     return lowest + 0.5 * (1 + math.cos(math.pi * done)) * (run.learning_rate - lowest)
 
 
+def changed_rate(run, checkpoint):
+    """{topic: text} about a learning rate that jumps when a run is resumed with other flags."""
+    saved = {name: value for name, value in checkpoint.settings.items() if name in RUN}
+    before = Run(**saved)
+    step = checkpoint.state.step
+    old = learning_rate(before, step)
+    new = learning_rate(run, step)
+    if math.isclose(old, new, rel_tol=0.01):
+        return {}
+    changed = [f"{name}={getattr(run, name)}, was {value}" for name, value in saved.items()
+               if getattr(run, name) != value and name in SCHEDULE]
+    return {"rate": f"the learning rate is {new:.3g}, no longer {old:.3g}: {'; '.join(changed)}"}
+
+
 class StopSignals:
     """Ctrl-C, SIGTERM and a terminal that closes let the step finish. Another signal, two seconds
     later or more, exits at once (torchrun passes a Ctrl-C on a second time right away)."""
@@ -1625,10 +1635,14 @@ def train(typed, device, why_device):
         checkpoint = None                                        # these look at the exported model
     model = build_model(run, config, weights, device, dtype, compiled)
     trainer = Trainer(run, config, model, splits, checkpoint, device, dtype)
+    choices = {"device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
+               "compile": f"{compiled}: {why_compile}"}
+    if checkpoint:
+        choices.update(changed_rate(run, checkpoint))
+    if run.benchmark and weights is None:
+        choices["weights"] = "random; --init_from=resume times the model in out_dir"
     del weights, checkpoint                                      # unmaps the file: Windows locks it
-    announce_run(run, config, splits, tokenizer, {
-        "device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
-        "compile": f"{compiled}: {why_compile}"})
+    announce_run(run, config, splits, tokenizer, choices)
     if run.eval_only:
         return evaluate_only(trainer, tokenizer)
     if trainer.saved_step is not None and trainer.state.step >= run.max_iters:
@@ -1649,6 +1663,9 @@ def run_training(trainer, tokenizer, fingerprints):
         kept = set_aside(run.out_dir) if trainer.saved_step is None else None
         if kept:
             announce("moved", f"the run that was in {run.out_dir} to {kept}")
+        if not {"tokenizer.json", "vocab.json"} & tokenizer.files().keys():
+            announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files "
+                     "are not in tiktoken's cache. sample.py and data/prepare.py download them")
     log = Log(run, trainer.config, state.step, trainer.saved_step is not None)
 
     def save(export):

@@ -44,6 +44,10 @@ LIMITS = {"at_least": (operator.ge, "at least"), "above": (operator.gt, "above")
           "at_most": (operator.le, "at most"), "below": (operator.lt, "below")}
 
 
+# What other programs call our flags
+SYNONYMS = {"prompt": "start", "lr": "learning_rate"}
+
+
 def flag(default, text, **metadata):
     """Return a dataclass field that is also a flag of the command line; `text` is its help.
 
@@ -134,7 +138,8 @@ def refuse_unknown(argument, flags):
         raise UsageError(f"unknown argument {argument!r}: values are given as --name=value"
                          + (config if name.endswith(".py") else ""))
     bare = name.lstrip("-").removeprefix("no-").replace("-", "_")
-    near = difflib.get_close_matches(bare, flags, 1)
+    near = [SYNONYMS[bare]] if SYNONYMS.get(bare) in flags else []
+    near = near or difflib.get_close_matches(bare, flags, 1)
     hint = f": did you mean --{near[0]}?" if near else ""
     raise UsageError(f"there is no flag {name}{hint}")
 

@@ -23,7 +23,11 @@ def hub_file(repo, name):
     """
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
     hub = os.path.join(os.path.expanduser(home), "hub")
-    for alias in (repo.split("/")[-1], repo):                  # transformers may use the short name
+    owner, _, short = repo.partition("/")
+    aliases = [repo]
+    if owner in ("openai-community", "distilbert"):            # transformers may use the short name
+        aliases = [short, repo]
+    for alias in aliases:
         folder = f"{hub}/models--{alias.replace('/', '--')}"
         for revision in (current_commit(folder), "main"):
             path = f"{folder}/snapshots/{revision}/{name}"
@@ -59,7 +63,8 @@ def download(url, path, sha256=None, token=None, show=None):
 
     The bytes go to path.part, which a later call continues with a Range request. They are checked
     against `sha256`, or else the hash that the server announces, before the file gets its name.
-    show(bytes so far, size or None): progress; by default a line on stderr. Raises ConnectionError.
+    show(bytes so far, size or None): progress; by default a line on stderr. Raises ConnectionError,
+    or FileNotFoundError where the server has no such file.
     """
     part = f"{path}.part"
     show = show or Progress(os.path.basename(path)).show
@@ -162,8 +167,10 @@ def bare_etag(text):
 def check_status(reply, url):
     if reply.status_code < 400:
         return
-    advice = {401: "it asks for a token: set HF_TOKEN", 403: "access is refused: check HF_TOKEN",
-              404: "there is no such file"}
+    if reply.status_code == 404:
+        raise FileNotFoundError(f"{url}: HTTP 404: there is no such file")
+    advice = {401: "it asks for a token: set HF_TOKEN (or the hub has no such model)",
+              403: "access is refused: check HF_TOKEN"}
     known = advice.get(reply.status_code, "the server refused: try again later")
     raise ConnectionError(f"{url}: HTTP {reply.status_code}: {known}")
 

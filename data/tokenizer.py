@@ -2,7 +2,8 @@
 Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of characters.
 
 A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "gpt2"}, or
-{"tokenizer": "char", "characters": "...", "end_of_text": id or null}.
+{"tokenizer": "char", "characters": "...", "end_of_text": id or null}. Beside a checkpoint are also
+the files from which transformers makes the same tokenizer.
 """
 import contextlib
 import functools
@@ -10,12 +11,15 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 
 import numpy as np
 
 UNKNOWN = 65535                                                  # the id of no character
 # Unicode's white space, as tiktoken's regular expression sees it
 WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# sha256 of GPT-2's tokens, joined by line breaks
+VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
 
 
@@ -29,11 +33,29 @@ class Tokenizer:
 
     def known(self, ids):
         """The ids below vocab_size: a model's vocabulary may be rounded up."""
-        return [i for i in ids if i < self.vocab_size]
+        return [int(i) for i in ids if i < self.vocab_size]
+
+    def encode_prompt(self, text):
+        """-> uint16 array. Unlike in `encode`, <|endoftext|> is the token, if there is one."""
+        if self.end_of_text is None:
+            return self.encode(text)
+        parts = []
+        for part in text.split("<|endoftext|>"):
+            parts += [np.array([self.end_of_text], dtype=np.uint16), self.encode(part)]
+        return np.concatenate(parts[1:])
+
+    def files(self):
+        """{name: bytes} of the files that belong beside a checkpoint: for us, and transformers'."""
+        end_of_text = "<|endoftext|>" if self.end_of_text is not None else None
+        config = {"tokenizer_class": self.transformers_class, "bos_token": end_of_text,
+                  "eos_token": end_of_text, "clean_up_tokenization_spaces": False}
+        contents = {"meta.json": self.to_json(), "tokenizer_config.json": config}
+        return {name: json.dumps(content).encode() for name, content in contents.items()}
 
 
 class GPT2Tokenizer(Tokenizer):
     name = "gpt2"
+    transformers_class = "GPT2Tokenizer"
     vocab_size = 50257
     end_of_text = 50256
 
@@ -66,9 +88,20 @@ class GPT2Tokenizer(Tokenizer):
     def to_json(self):
         return {"tokenizer": "gpt2"}
 
+    def files(self):
+        """The two tables are copied from tiktoken's cache, if they are in it: a run does not wait
+        for a download."""
+        files = super().files()
+        for name, path in zip(("merges.txt", "vocab.json"), bpe_cache().values(), strict=True):
+            if os.path.exists(path):
+                with open(path, "rb") as f:
+                    files[name] = f.read()
+        return files
+
 
 class CharTokenizer(Tokenizer):
     name = "char"
+    transformers_class = "PreTrainedTokenizerFast"
 
     def __init__(self, characters, end_of_text=None):
         """characters: a text with each character once; its place is its id. end_of_text: None, or
@@ -114,6 +147,22 @@ class CharTokenizer(Tokenizer):
     def to_json(self):
         return {"tokenizer": "char", "characters": self.characters, "end_of_text": self.end_of_text}
 
+    def files(self):
+        special = []
+        if self.end_of_text is not None:
+            special = [{"id": self.end_of_text, "content": "<|endoftext|>", "special": True,
+                        "single_word": False, "lstrip": False, "rstrip": False,
+                        "normalized": False}]
+        each = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated",
+                "invert": False}
+        vocab = {character: i for i, character in enumerate(self.characters)}
+        # Without the unknown token [UNK] a character that is not in the table is an error.
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": "[UNK]"}
+        saved = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
+                 "normalizer": None, "pre_tokenizer": each, "post_processor": None,
+                 "decoder": {"type": "Fuse"}, "model": model}
+        return {**super().files(), "tokenizer.json": json.dumps(saved).encode()}
+
 
 def tokenizer_from_json(meta):
     """The tokenizer with this to_json(). ValueError, KeyError or TypeError if it is damaged."""
@@ -124,20 +173,48 @@ def tokenizer_from_json(meta):
     raise ValueError(f"tokenizer {meta['tokenizer']!r:.50} is not known: use gpt2 or char")
 
 
-def load_tokenizer(folder):
-    """The tokenizer in folder/meta.json; GPT-2's where there is none."""
+def load_tokenizer(name):
+    """The tokenizer of a folder, of a model of the hub (owner/name), or beside a file: that in its
+    meta.json; GPT-2's where there is none. ValueError if it has another one."""
+    folder = os.path.dirname(os.path.abspath(name)) if os.path.isfile(name) else name
     path = f"{folder}/meta.json"
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
             raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
                              "not read: prepare the data again with data/prepare.py, which writes "
                              "meta.json")
+        check_vocabulary(name, folder)
         return GPT2Tokenizer()
     with open(path, encoding="utf-8") as f:
         try:
             return tokenizer_from_json(json.load(f))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def check_vocabulary(name, folder):
+    """Raise ValueError if the files of transformers in a folder, or of a model of the hub, hold
+    another vocabulary than GPT-2's."""
+    for file in ("tokenizer.json", "vocab.json"):
+        path = f"{folder}/{file}"
+        if "/" in str(name) and not os.path.exists(name):
+            from data.download import hub_file
+            with contextlib.suppress(FileNotFoundError):         # the model has no such file
+                path = hub_file(name, file)
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as f:
+            try:
+                vocab = json.load(f)
+                if file == "tokenizer.json":
+                    vocab = vocab["model"]["vocab"]
+                text = "\n".join(sorted(vocab, key=vocab.get))
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+                raise ValueError(f"{path} cannot be read: {error!r:.100}") from None
+        if hashlib.sha256(text.encode(errors="replace")).hexdigest() != VOCABULARY:
+            raise ValueError(f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens; "
+                             "this project reads only GPT-2's and its own meta.json")
+        return
 
 
 def code_points(text):
@@ -149,21 +226,30 @@ def replace_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-@functools.cache
-def gpt2_bpe():
-    import requests
-    import tiktoken
+def bpe_cache():
+    """{address: path in tiktoken's cache} of GPT-2's tables: the merges and the vocabulary."""
     # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
     if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
         folder = os.path.expanduser("~/.cache/tiktoken")
         with contextlib.suppress(OSError):                       # a home that cannot be written
             os.makedirs(folder, exist_ok=True)
             os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    temporary = os.path.join(tempfile.gettempdir(), "data-gym-cache")
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", temporary))
+    addresses = [BPE_URL + "vocab.bpe", BPE_URL + "encoder.json"]
+    return {address: os.path.join(folder, hashlib.sha1(address.encode()).hexdigest())
+            for address in addresses}
+
+
+@functools.cache
+def gpt2_bpe():
+    import requests
+    import tiktoken
+    cache = bpe_cache()
     try:
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError, ValueError) as error:
-        files = [f"{BPE_URL}{name} as {hashlib.sha1((BPE_URL + name).encode()).hexdigest()}"
-                 for name in ("vocab.bpe", "encoder.json")]
+        files = [f"{address} as {os.path.basename(path)}" for address, path in cache.items()]
         raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded "
                               f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR "
                               "to a folder with two files: "
