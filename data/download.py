@@ -76,7 +76,7 @@ def download(url, path, sha256=None, token=None, show=None):
         problem = type(error).__name__
         raise ConnectionError(f"{url}: the connection failed ({problem}). "
                               + connection_advice(problem, path, part)) from None
-    except ConnectionError:                                      # of the server's answer
+    except (ConnectionError, FileNotFoundError):                 # the server's answer
         raise
     except OSError as error:
         raise UserError(f"{part} cannot be written: {error}. {bytes_in(part):,} bytes are kept: "
