@@ -784,7 +784,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, keep_gradients):
         loss = x.new_zeros((), dtype=torch.float32)
-        count = (targets >= 0).sum()
+        count = (targets >= 0).sum().clamp(min=1)
         if keep_gradients:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros_like(weight)

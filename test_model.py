@@ -286,6 +286,24 @@ def write_set(folder, *texts):
     pathlib.Path(folder, "meta.json").write_text(json.dumps(meta))
 
 
+def hide(folder, seed=0):
+    """Give a data set masks: runs of tokens, about half of all, are not to be predicted."""
+    generator = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        runs = generator.integers(1, 60, size=1000)
+        mask = np.repeat(np.arange(1000) % 2, runs)[:len(read_bin(folder, split))]
+        mask.astype(np.uint8).tofile(os.path.join(folder, f"{split}.mask"))
+
+
+@pytest.fixture(scope="session")
+def masked(data, tmp_path_factory):
+    """The same data set, with masks."""
+    folder = tmp_path_factory.mktemp("masked") / "set"
+    shutil.copytree(data, folder)
+    hide(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A data set of 53 training and 5 validation samples: numbers that do not divide evenly."""
@@ -1889,6 +1907,52 @@ def by_hand(documents):
     return ids
 
 
+@pytest.mark.parametrize("kind", ["char", pytest.param("gpt2", marks=needs_bpe)])
+def test_pairs(tmp_path, capsys, kind):
+    """Fails if a prompt counts in the loss, a completion or the end of text after it does not, or
+    prompt and completion are not encoded each by itself."""
+    made = [(f"{w} {i}? ", f"{w[::-1]}\n" * (i % 3)) for i, w in enumerate(WORDS * 5)]
+    records = "".join(json.dumps({"q": q, "a": a, "n": 1}) + "\n" for q, a in made)
+    (tmp_path / "x.jsonl").write_text(records)
+    code, _, err = here(capsys, "prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set",
+                        "--pairs=q,a", f"--tokenizer={kind}")
+    assert code == 0, err
+    t = load_tokenizer(tmp_path / "set")
+    found = []
+    for split in ("train", "val"):
+        ids = read_bin(tmp_path / "set", split)
+        mask = np.fromfile(tmp_path / f"set/{split}.mask", dtype=np.uint8)
+        ends = np.flatnonzero(ids == t.end_of_text)
+        assert len(mask) == len(ids) and mask[ends].all() and len(ends) > 5
+        for i, m in zip(np.split(ids, ends), np.split(mask, ends), strict=True):
+            prompt, completion = (i[m == counted] for counted in (0, 1))
+            completion = completion[completion != t.end_of_text]
+            assert m.tolist() == sorted(m) or m[0] == 1 and m[1:].tolist() == sorted(m[1:])
+            found.append((t.decode(prompt), t.decode(completion)))
+            for part, text in zip((prompt, completion), found[-1], strict=True):
+                assert part.tolist() == t.encode(text).tolist()
+    assert sorted(found) == sorted(made)
+
+
+def test_skip_bad(tmp_path, capsys):
+    """Fails if one bad file stops a folder, one is left out without a word or by default, or the
+    text before the bad place stays."""
+    (tmp_path / "in").mkdir()
+    packed = gzip.compress(random.Random(0).randbytes(999).hex().encode())
+    bad = {"cut.gz": packed[:-9], "latin.txt": b"w" * 99999 + b"caf\xe9",
+           "x.jsonl": b'{"text": "w"}\n{"txt": "w"}\n'}
+    good = {"good.txt": b"abba" * 9, "good.jsonl": b'{"text": "dada"}'}
+    for name, content in {**bad, **good}.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    command = ["prepare", tmp_path / "in", f"--name={tmp_path}/set", "--tokenizer=char",
+               "--val_frac=1"]
+    assert here(capsys, *command)[0] == 1
+    code, out, _ = here(capsys, *command, "--skip_bad")
+    assert code == 0 and out.count("left out: ") == 3 and all(f"in/{name}" in out for name in bad)
+    text = load_tokenizer(tmp_path / "set").decode(read_bin(tmp_path / "set", "val"))
+    assert text == "dada<|endoftext|>" + "abba" * 9
+
+
 @needs_bpe
 def test_stopped_and_prepared(texts, tmp_path, capsys, monkeypatch):
     """Fails if a stopped preparation leaves a data set or disturbs the next, portions come back in
@@ -1999,6 +2063,28 @@ def test_samples(tmp_path):
     x, y = data.__getitems__([4, 0])
     assert x.dtype == torch.int64 and x.tolist() == [[108, 109, 110, 111], [0, 1, 2, 3]]
     assert y[0, -1] == 112
+
+
+def test_masked_samples(tmp_path):
+    """Fails if a mask is shifted against the tokens, hides one from the input, counts for the wrong
+    file, or may be cut or change between a stop and a resume."""
+    (tmp_path / "a.bin").write_bytes(raw(range(10)))
+    (tmp_path / "b.bin").write_bytes(raw(range(100, 110)))
+    (tmp_path / "b.mask").write_bytes(bytes([1, 0, 1, 1, 0, 0, 0, 1, 1, 1]))
+    paths = [str(tmp_path / "a.bin"), str(tmp_path / "b.bin")]
+    data = loader.TokenDataset(paths, 4, 200)
+    x, y = data.__getitems__(range(4))
+    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [100, 101, 102, 103], [104, 105, 106, 107]]
+    assert y.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [-1, 102, 103, -1], [-1, -1, 107, 108]]
+    x, y = train.read_spans(data, np.array([[1, 4, 6, 9], [0, 0, 1, 4]]))
+    assert x.tolist() == [[104, 105, 106, 107], [0, 1, 2, 0]]
+    assert y.tolist() == [[-1, -1, 107, 108], [1, 2, 3, -1]]
+    before = data.fingerprint()
+    (tmp_path / "b.mask").write_bytes(bytes([1, 1, 1, 1, 0, 0, 0, 1, 1, 1]))
+    assert loader.TokenDataset(paths, 4, 200).fingerprint() != before
+    (tmp_path / "b.mask").write_bytes(bytes(9))
+    with pytest.raises(ValueError, match="b.mask has 9 bytes for 10 tokens"):
+        loader.TokenDataset(paths, 4, 200)
 
 
 def test_data_larger_than_memory_is_mapped(tmp_path):
@@ -2163,9 +2249,11 @@ def test_learning_rate():
     assert train.learning_rate(train.Run(learning_rate=3.0, decay_lr=False), 1) == 3.0
 
 
-def test_equals_a_loop_written_by_hand(data, tmp_path):
+@pytest.mark.parametrize("name", ["data", "masked"])
+def test_equals_a_loop_written_by_hand(name, request, tmp_path):
     """Fails if a step or an evaluation is not as documented: biases decay, or a mean, a clip, a
-    rate, the order or a sample is wrong."""
+    rate, the order or a sample is wrong, or targets that count have unequal weights."""
+    data = request.getfixturevalue(name)
     changes = dict(weight_decay=0.5, grad_clip=0.5, max_iters=10, eval_interval=5, eval_iters=100)
     run("train", *flags(dataset=data, out_dir=tmp_path / "out", **changes))
     splits = {split: loader.TokenDataset([f"{data}/{split}.bin"], 32, 50)
@@ -2185,8 +2273,7 @@ def test_equals_a_loop_written_by_hand(data, tmp_path):
     rows = []
     for step in range(11):
         if step % 5 == 0:
-            rows.append([step, *(np.mean([model(*split.__getitems__([i]))[1].item()
-                                          for i in range(len(split))])
+            rows.append([step, *(model(*split.__getitems__(range(len(split))))[1].item()
                                  for split in splits.values())])
         if step == 10:
             break
@@ -2569,6 +2656,27 @@ def test_two_processes_train_as_one(data, alone, tmp_path, name, changes, mode):
     or evaluation differ with the mode."""
     run("train", *flags(dataset=data, out_dir=tmp_path, **changes), *mode, ranks=2)
     agree(tmp_path, alone / name)
+
+
+@pytest.fixture(scope="session")
+def alone_masked(masked, tmp_path_factory):
+    """A run of one process on masked data."""
+    out = tmp_path_factory.mktemp("alone_masked")
+    run("train", *flags(dataset=masked, out_dir=out))
+    return out
+
+
+@both_modes
+def test_masked_in_all_modes(masked, alone_masked, tmp_path, mode):
+    """Fails if a target's weight depends on the targets that count beside it in its batch or its
+    process, or if a resume or --eval_only forgets the mask."""
+    how = flags(dataset=masked, out_dir=tmp_path)
+    run("train", *how, *mode, ranks=2, before=partial(at_step, 5, signal.SIGKILL), code=-9)
+    run("train", *how, *mode, "--init_from=resume", ranks=2)
+    agree(tmp_path, alone_masked)
+    out = run("train", "--eval_only", "--init_from=resume", f"--out_dir={tmp_path}",
+              "--device=cpu").out
+    assert f"validation loss {curve(tmp_path)[-1]['val_loss']:.4f} nats per token" in out
 
 
 @pytest.mark.slow

@@ -1175,7 +1175,7 @@ def evaluate(trainer, data, spans, progress=None):
         x, y = read_spans(data, rows if len(rows) else spans[:1])
         with trainer.context:
             _, loss = model(x.to(trainer.device), y.to(trainer.device))
-        count = int((rows[:, 3] - rows[:, 2]).sum())
+        count = int((y[:len(rows)] >= 0).sum())
         nats = nats + loss.float() * count
         tokens += count
         if progress and is_main():
@@ -1184,6 +1184,8 @@ def evaluate(trainer, data, spans, progress=None):
     if trainer.run.fsdp:
         model.reshard()                                          # forward left the root gathered
     nats, tokens = sum_over_processes([nats, tokens], trainer.device)
+    if not tokens:
+        raise UserError("the samples evaluated hold prompts only: raise --eval_iters")
     return nats / tokens
 
 
@@ -1193,9 +1195,8 @@ def read_spans(data, rows):
     x = torch.zeros(len(rows), data.block_size, dtype=torch.int64)
     y = torch.full_like(x, -1)
     for i, (file, begin, first, end) in enumerate(rows):
-        ids = torch.from_numpy(data.read(file, begin, end).astype(np.int64))
-        x[i, :len(ids) - 1] = ids[:-1]
-        y[i, first - begin - 1:len(ids) - 1] = ids[first - begin:]
+        x[i, :end - 1 - begin] = torch.from_numpy(data.read(file, begin, end - 1).astype(np.int64))
+        y[i, first - 1 - begin:end - 1 - begin] = torch.from_numpy(data.targets(file, first, end))
     return x, y
 
 
@@ -1213,7 +1214,8 @@ def evaluate_only(trainer, tokenizer):
                         "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
                         f"given at least {data.block_size - stride + 1} tokens of context")
     loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1))
-    predicted = [data.files[file][first:end] for file, _, first, end in spans]
+    predicted = [ids[ids >= 0] for ids in (data.targets(file, first, end)
+                                           for file, _, first, end in spans)]
     tokens = sum(map(len, predicted))
     lengths = tokenizer.byte_lengths()
     size = sum(int(lengths[ids].sum()) for ids in predicted)
@@ -1233,6 +1235,7 @@ class Trainer:
         self.run = run
         self.config = config
         self.splits = splits
+        self.masked = "train" in splits and splits["train"].masked
         self.device = device
         self.state = State()
         self.model = model
@@ -1277,17 +1280,32 @@ class Trainer:
         sequence = np.random.SeedSequence([self.run.seed, self.state.step, rank()])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
         total = 0.0
+        counted = 0.0
         for i in range(self.micro_batches):
             set_sync(self.net, last=i == self.micro_batches - 1)
             loss = self.forward()
+            if self.masked:                                      # the mean over counted targets
+                share = (self.batch[1] >= 0).float().mean()
+                counted = counted + share / self.micro_batches
+                loss = loss * share
             self.load_batch()                                    # while a GPU computes
             self.backward(loss)
             total = total + loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        if self.masked:
+            total = total / self.weigh(counted)
         limit = self.run.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         return total / self.micro_batches, gathered(norm)
+
+    def weigh(self, counted):
+        """Divide the gradients by the share of targets that count in the whole step, and return it:
+        then each of them has the same weight, in whatever batch and process it is."""
+        share, = sum_over_processes([counted / world_size()], self.device)
+        share = share or 1.0                                     # none counts
+        torch._foreach_div_([p.grad for p in self.parameters.values()], share)
+        return share
 
     def forward(self):
         with self.context:

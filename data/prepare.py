@@ -109,28 +109,41 @@ def fineweb(folder, shards=103):
 DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, fineweb)}
 
 
-def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
-    """Any files and folders. Each file is a document, and so is each line of a .jsonl file (the
-    text in its `field`)."""
+def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text", pairs=None, skip_bad=False):
+    """Any files and folders. Each file is a document, and so is each line of a .jsonl file: the
+    text in its `field`, or those in the two fields `pairs`, of which only the second counts in the
+    loss. skip_bad: leave out files that cannot be read."""
     files = []
     for path in paths:
         if not os.path.isfile(path) and not os.path.isdir(path):
             raise FileNotFoundError(f"{path!r} is not a file, a folder or a data set "
                                     f"({', '.join(DATASETS)})")
         files += walk(path) if os.path.isdir(path) else [path]
-    if field != "text" and not any(path.removesuffix(".gz").endswith(".jsonl") for path in files):
+    others = [path for path in files if not is_json_lines(path)]
+    if field != "text" and others == files:
         raise UsageError(f"--field={field} has no effect: there is no .jsonl file")
+    if pairs and others:
+        raise UsageError(f"--pairs reads .jsonl files, which {others[0]} is not: leave it out")
+    names = [field]
+    advice = "name the field with --field"
+    if pairs:
+        names = pairs.split(",")
+        advice = "name both fields with --pairs=PROMPT,COMPLETION"
+        if len(names) != 2:
+            raise UsageError(f"--pairs={pairs} must be two names: --pairs=PROMPT,COMPLETION")
     texts = [path for path in files if not is_binary(path)]
     left_out = [path for path in files if path not in set(texts)]
     if left_out:
         print(f"{len(left_out)} files that are not text are left out, the first: {left_out[0]}")
 
     def read(path, f):
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from json_lines(path, f, field)
+        if is_json_lines(path):
+            yield from json_lines(path, f, names, advice)
         else:
             yield path, None, read_pieces(f)
-    write_tokens(folder, texts, read, tokenizer, val_frac)
+    if skip_bad:
+        texts = [path for path in texts if is_good(path, read)]
+    write_tokens(folder, texts, read, tokenizer, val_frac, masked=bool(pairs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -164,9 +177,20 @@ def open_text(path, mode="rt"):
 
 
 def is_binary(path):
-    with contextlib.suppress(UserError), open_text(path, "rb") as f:
+    with contextlib.suppress(UserError, OSError), open_text(path, "rb") as f:
         return b"\0" in f.read(1 << 16)
     return False                                 # damaged: `read_all` reports it
+
+
+def is_good(path, read):
+    """Whether all of a file can be read; if not, say why."""
+    try:
+        for _ in read_all([path], read):
+            pass
+    except (UserError, OSError) as error:
+        print(f"left out: {error}")
+        return False
+    return True
 
 
 def read_pieces(f):
@@ -184,19 +208,29 @@ def read_pieces(f):
         yield "".join(parts)
 
 
-def json_lines(path, f, field):
+def is_json_lines(path):
+    return path.removesuffix(".gz").endswith(".jsonl")
+
+
+def json_records(path, f):
+    """Yield (line number, value) of a .jsonl file, with None for a line that is no JSON."""
     for number, line in enumerate(f, 1):
         line = line.removeprefix("\ufeff")                       # a byte order mark
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise UserError(f"{path}, line {number}: no JSON object with a text {field!r}: fix the "
-                            "line, or name the field with --field")
-        yield f"{path}:{number}", None, [replace_surrogates(record[field])]
+            yield number, None
+
+
+def json_lines(path, f, names, advice):
+    for number, record in json_records(path, f):
+        for name in names:
+            if not isinstance(record, dict) or not isinstance(record.get(name), str):
+                raise UserError(f"{path}, line {number}: no JSON object with a text {name!r}: fix "
+                                f"the line, or {advice}")
+        yield f"{path}:{number}", None, [replace_surrogates(record[name]) for name in names]
 
 
 def read_all(files, read):
@@ -216,21 +250,21 @@ def read_all(files, read):
 # Writing tokens
 
 
-def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
+def write_tokens(folder, files, read, tokenizer, val_frac=0.1, masked=False):
     """Write a data set from files. tokenizer: "gpt2" or "char".
 
     read(path, open file) yields for each document its name, its split ("train", "val" or None) and
     its text, an iterable of pieces. It is called twice, and must give the same text each time.
+    masked: a document's first piece is a prompt, which is not to be predicted; so says a file
+    train.mask beside train.bin, a byte for each token.
 
     All text is read once before it is encoded, for the table of characters and for the split, and
-    to report a bad line now and not after hours. The data set is written to folder.part, which is
-    renamed when it is complete.
+    to report a bad line now and not after hours.
     """
     check_folder(folder)
     if tokenizer == "gpt2":
         GPT2Tokenizer().encode("")               # fails now if its files cannot be downloaded
     name = os.path.basename(folder)
-    folder = os.path.realpath(folder)            # a link may lead to another disk
     total = sum(map(os.path.getsize, files))
     seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total, tokenizer)
     if not seen.any():
@@ -241,31 +275,51 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     else:
         tokenizer = GPT2Tokenizer()
     pieces = assign_splits(read_all(files, read), sizes, val_frac)
+    tokens = {"train": 0, "val": 0}
+    progress = Progress(name)
+    with new_folder(folder) as part, contextlib.ExitStack() as files:
+        outputs = {}
+        for file in ("train.bin", "val.bin", *(("train.mask", "val.mask") if masked else ())):
+            outputs[file] = files.enter_context(open(f"{part}/{file}", "wb"))
+        for encoded, position in encode_in_threads(pieces, tokenizer):
+            for split, (ids, counted) in encoded.items():
+                if not tokens[split]:                            # no end of text before any text
+                    begun = np.cumsum(ids != tokenizer.end_of_text) > 0
+                    ids = ids[begun]
+                    counted = counted[begun]
+                ids.astype("<u2").tofile(outputs[f"{split}.bin"])
+                if masked:
+                    counted.tofile(outputs[f"{split}.mask"])
+                tokens[split] += len(ids)
+            progress.show(position, total)
+        write_meta(part, tokens, tokenizer)
+    report(folder, tokens, tokenizer)
+
+
+@contextlib.contextmanager
+def new_folder(folder):
+    """Yield the path of a folder to write a data set to. When it is complete, it is renamed."""
+    check_folder(folder)
+    folder = os.path.realpath(folder)            # a link may lead to another disk
     part = folder + ".part"
     shutil.rmtree(part, ignore_errors=True)
     os.makedirs(part)
-    tokens = {"train": 0, "val": 0}
-    progress = Progress(name)
-    with (open(f"{part}/train.bin", "wb") as train,
-          open(f"{part}/val.bin", "wb") as val):
-        outputs = {"train": train, "val": val}
-        for encoded, position in encode_in_threads(pieces, tokenizer):
-            for split, ids in encoded.items():
-                if not tokens[split]:                            # no end of text before any text
-                    ids = ids[np.cumsum(ids != tokenizer.end_of_text) > 0]
-                ids.astype("<u2").tofile(outputs[split])
-                tokens[split] += len(ids)
-            progress.show(position, total)
-    Path(part, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
+    yield part
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(part, folder)
-    report(folder, tokens, tokenizer)
+
+
+def write_meta(folder, tokens, tokenizer):
+    Path(folder, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
+
+
+FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "items.json", "meta.json"}
 
 
 def check_folder(folder):
     """UserError if writing the data set would remove a file that is not part of one."""
     if os.path.exists(folder):
-        others = set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}
+        others = set(os.listdir(folder)) - FILES
         if others:
             raise UserError(f"{folder} also holds {min(others)!r}, which would be lost: choose "
                             "another --name, or move it away")
@@ -322,8 +376,9 @@ def split_at(pieces, cut):
 
 
 def encode_in_threads(pieces, tokenizer):
-    """Yield ({split: ids}, position) for about PORTION characters at a time, in order, encoded by
-    one thread per core. At most two portions per core are read ahead, so that memory is bounded."""
+    """Yield ({split: (ids, counted)}, position) for about PORTION characters at a time, in order,
+    encoded by one thread per core. At most two portions per core are read ahead, so that memory is
+    bounded."""
     cores = os.cpu_count() or 1
     pending = deque()
     portion = []
@@ -345,14 +400,18 @@ def encode_in_threads(pieces, tokenizer):
 
 
 def encode(pieces, tokenizer):
-    """-> ({split: ids}, position after them). The end-of-text token stands before each document."""
-    ids = {}
+    """-> ({split: (ids, counted)}, position after them). The end-of-text token stands before each
+    document. counted: 0 for the tokens of a document's first piece, else 1, uint8."""
+    encoded = {}
     for piece in pieces:
-        arrays = ids.setdefault(piece.split, [])
+        ids, counted = encoded.setdefault(piece.split, ([], []))
         if piece.first and tokenizer.end_of_text is not None:
-            arrays.append(np.array([tokenizer.end_of_text], dtype=np.uint16))
-        arrays.append(tokenizer.encode(piece.text))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items()}, pieces[-1].position
+            ids.append(np.array([tokenizer.end_of_text], dtype=np.uint16))
+            counted.append(np.ones(1, dtype=np.uint8))
+        ids.append(tokenizer.encode(piece.text))
+        counted.append(np.full(len(ids[-1]), not piece.first, dtype=np.uint8))
+    joined = {split: tuple(map(np.concatenate, lists)) for split, lists in encoded.items()}
+    return joined, pieces[-1].position
 
 
 def report(folder, tokens, tokenizer, where=""):
@@ -371,6 +430,10 @@ class Options:
     val_frac: float = flag(None, "fraction of your own data kept for validation, 1 = all [0.1]",
                            above=0, at_most=1)
     field: str = flag(None, "field with the text in the lines of your .jsonl files [text]")
+    pairs: str = flag(None, "your .jsonl files hold pairs: the fields of prompt and completion, "
+                      "which alone counts in the loss [prompt,completion]",
+                      if_bare="prompt,completion")
+    skip_bad: bool = flag(None, "leave out files of yours that cannot be read, and list them")
     source: str = flag(None, "text file for shakespeare, library folder for stdlib")
     shards: int = flag(None, "shards of fineweb, 1 to 103 [103]", at_least=1, at_most=103)
 
@@ -401,6 +464,8 @@ def prepare_named(name, typed):
 
 def prepare_own(paths, typed):
     refuse(typed, ("source", "shards"), "has no effect on your own files")
+    if "pairs" in typed:
+        refuse(typed, ["field"], "has no effect with --pairs, which names two")
     named = [path for path in paths if path in DATASETS]
     if named:
         raise UsageError(f"{named[0]} is a data set of its own: prepare it alone")
