@@ -380,6 +380,9 @@ def empty_embedding(rows, width):
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
+LAST = (slice(None), -1)                         # the last position of each text
+
+
 class GPT2(nn.Module):
     """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
@@ -436,16 +439,17 @@ class GPT2(nn.Module):
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, at=...):
         """idx (B, T) token ids -> (logits (B, T, V), None).
 
         With targets (B, T), -1 where not counted: (None, mean cross-entropy in nats). cache: from
-        new_cache; idx then continues the text that the cache has seen. Raises ValueError for a text
-        longer than block_size, unless `rope` is on.
+        new_cache; idx then continues the text that the cache has seen. at: an index of the (B, T)
+        positions whose logits are asked for. Raises ValueError for a text longer than block_size,
+        unless `rope` is on.
         """
         x = self.hidden(idx, cache)
         if targets is None:
-            return self.project(x), None
+            return self.project(x[at]), None
         if isinstance(self.transformer.wte, Int8):
             logits = self.project(x).float()
             return None, F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
@@ -549,14 +553,11 @@ class GPT2(nn.Module):
                 if not config.endless and text.size(1) > config.block_size:
                     text = text[:, -max(1, config.block_size // 2):]
                     cache = None
-                if not use_cache:
-                    x = self.hidden(text)
-                elif cache is None:
+                unread = text if cache is None else text[:, -1:]
+                if use_cache and cache is None:
                     cache = self.new_cache(min(config.block_size, text.size(1) + left))
-                    x = self.hidden(text, cache)
-                else:
-                    x = self.hidden(text[:, -1:], cache)
-                token = sample_token(self.project(x[:, -1]), temperature, top_k, top_p, generator)
+                logits, _ = self(unread, cache=cache, at=LAST)
+                token = sample_token(logits, temperature, top_k, top_p, generator)
                 if stop_token is not None:
                     token = token.masked_fill(stopped, stop_token)
                     stopped |= token == stop_token
