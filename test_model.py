@@ -3563,6 +3563,153 @@ def test_eval_only_of_a_run(straight, tmp_path):
     assert len(os.listdir(tmp_path / "a")) == len(os.listdir(straight / "cut"))
 
 
+def made_up_items(folder, count):
+    """Items in the formats of HellaSwag's and LAMBADA's files, with all that their texts are known
+    for: brackets, double spaces, half sentences, other letters."""
+    rng = random.Random(0)
+
+    def some(least, most):
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+    begins = ["", "[header] ", "  ", "Émile's ", "* "]
+    ends = [".", "", " [title] How to", " [step]", " [substeps]  do", "  twice", ", he said"]
+    with open(folder / "hellaswag.jsonl", "w") as f:
+        for i in range(count):
+            record = {"ind": i, "activity_label": some(1, 3), "label": rng.randrange(4),
+                      "ctx_a": rng.choice(begins) + some(2, 60) + rng.choice(ends),
+                      "ctx_b": rng.choice(["", "he", "The two MEN", "émile"]),
+                      "endings": [rng.choice(begins) + some(1, 9) + rng.choice(ends)
+                                  for _ in range(4)]}
+            f.write(json.dumps(record) + "\n")
+    with open(folder / "lambada.jsonl", "w") as f:
+        for _ in range(count):
+            text = rng.choice(begins) + some(9, 90) + rng.choice(ends)
+            last = rng.choice(["\n" + rng.choice(WORDS), " a a", "  i", " e e", " dead"])
+            f.write(json.dumps({"text": text + last}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def item_sets(tmp_path_factory):
+    """Made-up items, prepared, and a model to compare -> their folder."""
+    folder = tmp_path_factory.mktemp("items")
+    made_up_items(folder, 300)
+    for name in ("hellaswag", "lambada"):
+        prepare.DATASETS[name](str(folder / name), str(folder / f"{name}.jsonl"))
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=64, n_layer=2, n_head=2, n_embd=32)
+    loud(transformers.GPT2LMHeadModel(config), 4).save_pretrained(folder / "model")
+    return folder
+
+
+def judge(capsys, monkeypatch, folder, name, *argv):
+    """--eval_only on items -> (nats and exact of each ending, what is printed)."""
+    scores = []
+    score = train.score
+    monkeypatch.setattr(train, "score", lambda *args: scores.append(score(*args)) or scores[-1])
+    code, out, err = here(capsys, "train", "--eval_only", f"--init_from={folder}/model",
+                          f"--dataset={folder}/{name}", "--device=cpu", *argv)
+    assert code == 0, err
+    return scores[0], out
+
+
+@needs_bpe
+@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
+def test_items_one_by_one(item_sets, capsys, monkeypatch, name):
+    """Fails if an ending's tokens are shifted or lost, padding or the sorting by length changes a
+    score, a long text loses its end, or a mean or an error is wrong."""
+    (nats, exact), out = judge(capsys, monkeypatch, item_sets, name, "--eval_iters=40")
+    assert "40 of 300" in out
+    model = transformers.GPT2LMHeadModel.from_pretrained(item_sets / "model").eval()
+    records = [json.loads(line) for line in open(item_sets / f"{name}.jsonl")]
+    records = [records[int(i)] for i in np.linspace(0, 299, 40)]
+    encode = tokenizer.gpt2_bpe().encode_ordinary
+    right = []
+    by_hand = []
+    for r in records:
+        if name == "lambada":
+            *before, word = r["text"].split(" ")
+            pairs = [(" ".join(before), " " + word)]
+        else:
+            text = f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"
+            text, *endings = (re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". "))
+                              .replace("  ", " ") for t in (text, *r["endings"]))
+            pairs = [(text, " " + ending) for ending in endings]
+        for before, after in pairs:
+            ids = encode(before + after)
+            first = len(encode(before.rstrip()))
+            x = torch.tensor([ids[-65:]])
+            with torch.no_grad():
+                logits = model(x[:, :-1]).logits[0, first - len(ids):].log_softmax(-1)
+            y = x[0, first - len(ids):]
+            by_hand.append((-logits.gather(1, y[:, None]).sum().item(), len(after) - 1,
+                            bool((logits.argmax(1) == y).all())))
+        losses = np.array(by_hand[-len(pairs):])
+        if name == "hellaswag":
+            right.append([losses[:, 0].argmin() == r["label"],
+                          (losses[:, 0] / losses[:, 1]).argmin() == r["label"]])
+    assert nats == pytest.approx([row[0] for row in by_hand], rel=1e-5)
+    assert 0 < exact.mean() < 1 or name == "hellaswag"
+    assert exact.tolist() == [row[2] for row in by_hand]
+    printed = [float(n) for n in re.findall(r"(?:accuracy|perplexity|±) ([\d.]+)", out)]
+    mean = np.mean(right, axis=0) if right else np.array([exact.mean(), math.exp(nats.mean())])
+    if right:
+        error = np.sqrt(mean * (1 - mean) / 39)
+        assert printed == pytest.approx([mean[0], error[0], mean[1], error[1]], abs=6e-5)
+    else:
+        error = mean[1] * nats.std(ddof=1) / math.sqrt(40)
+        assert printed[2:] == pytest.approx([mean[1], error], rel=1e-3)
+
+
+@needs_bpe
+@both_modes
+def test_items_in_all_modes(item_sets, tmp_path, mode):
+    """Fails if processes share the endings wrongly, or one is left out of a forward pass."""
+    argv = ["--eval_only", f"--init_from={item_sets}/model", f"--dataset={item_sets}/hellaswag",
+            "--device=cpu", "--eval_iters=21", "--batch_size=3"]
+    alone, shared = (run("train", *argv, *how, ranks=ranks, folder=tmp_path).out.split("\nitems")[1]
+                     for how, ranks in (([], 0), (mode, 2)))
+    assert alone == shared and "length-normalised accuracy" in alone
+
+
+@pytest.mark.slow
+@needs_bpe
+@pytest.mark.parametrize("name, task", [("hellaswag", "hellaswag"), ("lambada", "lambada_openai")])
+def test_lm_evaluation_harness(item_sets, tmp_path, capsys, monkeypatch, name, task):
+    """Fails if an item's losses or outcome are not those of lm-evaluation-harness."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval accelerate")
+    from lm_eval.models.huggingface import HFLM
+    tasks = pathlib.Path(lm_eval.__file__).parent / "tasks"
+    shutil.copytree(tasks / name, tmp_path / name)
+    path = tmp_path / name / f"{task}.yaml"
+    local = json.dumps({"data_files": dict.fromkeys(("train", "validation", "test"),
+                                                    str(item_sets / f"{name}.jsonl"))})
+    path.write_text(re.sub("dataset_path: .*\ndataset_name: .*", "dataset_path: json\n"
+                           f"dataset_kwargs: {local}", path.read_text()))
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        digest = hashlib.sha1((tokenizer.BPE_URL + ours).encode()).hexdigest()
+        shutil.copy(pathlib.Path(os.environ["TIKTOKEN_CACHE_DIR"], digest), tmp_path / theirs)
+    model = transformers.GPT2LMHeadModel.from_pretrained(item_sets / "model")
+    bpe = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    done = lm_eval.simple_evaluate(HFLM(model, tokenizer=bpe, device="cpu", batch_size=8),
+                                   tasks=[str(path)], log_samples=True, bootstrap_iters=100)
+    samples = sorted(done["samples"][task], key=lambda sample: sample["doc_id"])
+    theirs = np.array([response for sample in samples for response in sample["filtered_resps"]])
+    (nats, exact), out = judge(capsys, monkeypatch, item_sets, name)
+    assert nats == pytest.approx(-theirs[:, 0], rel=1e-5) and (exact == theirs[:, 1]).all()
+    for metric, words in (("acc", r"\naccuracy"), ("acc_norm", "length-normalised accuracy"),
+                          ("perplexity", "perplexity")):
+        value = done["results"][task].get(f"{metric},none")
+        if value is not None:
+            printed = re.search(f"{words} (\\S+) ± (\\S+)", out)
+            assert float(printed[1]) == pytest.approx(value, rel=1e-4, abs=5e-5)
+            error = done["results"][task][f"{metric}_stderr,none"]
+            tolerance = 0.5 if metric == "perplexity" else 1e-4      # they resample
+            assert float(printed[2]) == pytest.approx(error, rel=tolerance, abs=5e-5)
+    print(f"{task}: {len(nats)} endings, largest difference "
+          f"{np.abs(nats + theirs[:, 0]).max():.1e} nats; {done['results'][task]}")
+
+
 STRANGE = "naïve 日本語 🎉🏳️‍🌈 Ελλάδα!\u3000\u00a0\n"
 
 

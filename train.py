@@ -42,7 +42,7 @@ from data.cli import (
     run_main,
     usage_errors,
 )
-from data.prepare import DATASETS
+from data.prepare import DATASETS, LARGE
 
 # --------------------------------------------------------------------------------------------------
 # Flags: these, and the fields of GPT2Config
@@ -80,8 +80,8 @@ class Run:
         False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
     eval_interval: int = flag(200, "steps between evaluations, each followed by a checkpoint",
                               at_least=1)
-    eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all",
-                           at_least=0)
+    eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all. "
+                           "Of hellaswag and lambada: items, all by default", at_least=0)
     eval_only: bool = flag(False, "evaluate on the validation data, and exit", runtime=True)
     eval_stride: int = flag(
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
@@ -131,9 +131,17 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from data.loader import EndlessSampler, TokenDataset, find_data, token_counts
+from data.loader import (
+    ITEMS,
+    EndlessSampler,
+    TokenDataset,
+    find_data,
+    read_items,
+    token_counts,
+)
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model import (
     GPT2,
@@ -234,7 +242,7 @@ def resolve(typed):
 def check_contradictions(typed, saved, out_dir):
     """Raise UsageError for a typed flag that would make the resumed run another one."""
     for name in ("dataset", "seed", "muon", *SHAPE):
-        changeable = name in ("dropout", "flash")
+        changeable = name in ("dropout", "flash") or name == "dataset" and typed.get("eval_only")
         if name in typed and typed[name] != saved[name] and not changeable:
             raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, "
                              f"which has {name}={saved[name]}: leave it out, or start another run "
@@ -932,9 +940,14 @@ def open_data(run):
         folder = f"{DATA}/{run.dataset}"
         if not os.path.exists(f"{folder}/meta.json"):
             DATASETS[run.dataset](folder)
-    if run.dataset in DATASETS and run.dataset != "fineweb":     # that one is 20 GB
+    if run.dataset in DATASETS and run.dataset not in LARGE:
         main_first(prepare)
     folder, paths = find_data(run.dataset)
+    if os.path.exists(f"{folder}/{ITEMS}"):
+        if not run.eval_only:
+            raise UsageError(f"--dataset={run.dataset} only compares models: add --eval_only")
+        if run.eval_stride:
+            raise UsageError(f"--eval_stride has no effect on {run.dataset}")
     if run.eval_only:
         del paths["train"]                                       # it may be empty
     return folder, paths, load_tokenizer(folder)
@@ -1222,6 +1235,71 @@ def evaluate_only(trainer, tokenizer):
     say(f"validation loss {loss:.4f} nats per token, of {tokens:,} tokens\n"
         f"perplexity {math.exp(min(loss, 700)):.2f} per token\n"
         f"bits per byte {loss * tokens / math.log(2) / max(size, 1):.4f}, of {size:,} bytes")
+
+
+@torch.compiler.set_stance("force_eager")                        # too many shapes to compile
+@torch.no_grad()
+def score(trainer, data, spans, progress):
+    """-> (the sum of the losses in nats, whether each is the most likely token) of the tokens that
+    each of the spans predicts, both (N,). The processes share the work."""
+    model = trainer.model
+    lengths = spans[:, 3] - spans[:, 1] - 1
+    order = np.argsort(-lengths, kind="stable")                  # similar lengths share a batch
+    batch_size = trainer.run.batch_size * max(1, data.block_size // int(lengths.max()))
+    mine = order[rank()::world_size()]
+    scores = np.zeros((2, len(spans)))
+    model.eval()
+    for start in range(0, math.ceil(len(spans) / world_size()), batch_size):
+        chosen = mine[start:start + batch_size]
+        # Under FSDP every process takes part in every forward pass, even with nothing left to do.
+        rows = chosen if len(chosen) else order[:1]
+        x, y = (t[:, :lengths[rows].max()] for t in read_spans(data, spans[rows]))
+        x = x.to(trainer.device)
+        y = y.to(trainer.device)
+        counted = y >= 0
+        with trainer.context:
+            logits, _ = model(x, at=counted)
+        losses = F.cross_entropy(logits.float(), y[counted], reduction="none")
+        nats = torch.zeros(y.shape, device=y.device).masked_scatter(counted, losses)
+        missed = torch.zeros_like(counted).masked_scatter(counted, logits.argmax(1) != y[counted])
+        scores[0, chosen] = nats.sum(1)[:len(chosen)].cpu()
+        scores[1, chosen] = ~missed.any(1)[:len(chosen)].cpu()
+        if is_main():
+            progress.show(min((start + batch_size) * world_size(), len(spans)), len(spans))
+    if trainer.run.fsdp:
+        model.reshard()
+    return sum(gather(scores))
+
+
+def evaluate_items(trainer, folder, count):
+    """--eval_only on items (see `write_items` in data/prepare.py), evenly spaced ones if count is
+    not 0: print what lm-evaluation-harness does. The chosen ending is the one with the lowest loss,
+    or loss per character; a single ending counts if each of its tokens is the most likely one."""
+    data = trainer.splits["val"]
+    labels, endings = read_items(folder, data.tokens)
+    chosen = np.linspace(0, len(labels) - 1, min(count or len(labels), len(labels))).astype(int)
+    announce("items", f"{len(chosen):,} of {len(labels):,}: --eval_iters=N takes N of them")
+    labels = labels[chosen]
+    begin, first, end, characters = endings[chosen].reshape(-1, 4).T
+    begin = np.maximum(begin, end - data.block_size - 1)         # the last part of a long text
+    if (begin >= first).any():
+        raise UserError(f"an ending of {(end - first).max()} tokens does not fit "
+                        f"block_size={data.block_size}")
+    spans = np.stack([np.zeros_like(begin), begin, first, end], axis=1)
+    nats, exact = score(trainer, data, spans, Progress("evaluation", "endings", 1))
+    if endings.shape[1] == 1:
+        loss, error = mean_and_error(nats)
+        say("accuracy {:.4f} ± {:.4f}".format(*mean_and_error(exact)))
+        say(f"perplexity {math.exp(min(loss, 700)):.2f} ± {math.exp(min(loss, 700)) * error:.2f}")
+        return
+    for name, losses in (("accuracy", nats), ("length-normalised accuracy", nats / characters)):
+        right = losses.reshape(len(labels), -1).argmin(axis=1) == labels
+        say("{} {:.4f} ± {:.4f}".format(name, *mean_and_error(right)))
+
+
+def mean_and_error(values):
+    """The mean of a sample, and its standard error."""
+    return values.mean(), values.std(ddof=int(len(values) > 1)) / math.sqrt(len(values))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1565,6 +1643,8 @@ def train(typed, device, why_device):
     announce_run(run, config, splits, tokenizer, {
         "device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
         "compile": f"{compiled}: {why_compile}"})
+    if run.eval_only and os.path.exists(f"{folder}/{ITEMS}"):
+        return evaluate_items(trainer, folder, typed.get("eval_iters", 0))
     if run.eval_only:
         return evaluate_only(trainer, tokenizer)
     if trainer.saved_step is not None and trainer.state.step >= run.max_iters:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from data import DATA
 
+ITEMS = "items.json"                                             # marks data to compare models with
 SHARD_MAGIC = 20240520                                           # of llm.c's files of GPT-2 tokens
 
 
@@ -51,6 +52,25 @@ def token_counts(folder):
         raise ValueError(f"{path} is damaged: its tokens are not one number per split. Prepare the "
                          "data again")
     return counts
+
+
+def read_items(folder, tokens):
+    """The items of a data set that compares models, see `write_items` in data/prepare.py -> (number
+    of the right ending (N,), (begin, first, end, characters) of all endings (N, E, 4)). ValueError
+    if the file does not fit `tokens` tokens."""
+    path = f"{folder}/{ITEMS}"
+    try:
+        with open(path, encoding="utf-8") as f:
+            items = json.load(f)
+        labels = np.array([item["label"] for item in items], dtype=np.int64)
+        endings = np.array([item["endings"] for item in items], dtype=np.int64)
+        begin, first, end, _ = np.moveaxis(endings, 2, 0)
+        right = (0 <= begin) & (begin < first) & (first < end) & (end <= tokens)
+        if not right.all() or not ((labels >= 0) & (labels < endings.shape[1])).all():
+            raise ValueError("it does not fit val.bin")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!s:.100}): prepare the data again") from None
+    return labels, endings
 
 
 def open_tokens(path):

@@ -5,7 +5,11 @@ train.py knows its name too.
     python data/prepare.py stdlib               # Python's source, characters
     python data/prepare.py shakespeare_char     # nanoGPT's text, by characters
     python data/prepare.py shakespeare          # the same in GPT-2's tokens
+    python data/prepare.py tinystories          # stories in a child's words
     python data/prepare.py fineweb --shards=9   # 100 million tokens each
+    python data/prepare.py fineweb_edu          # its more instructive pages
+    python data/prepare.py hellaswag            # to compare models: endings
+    python data/prepare.py lambada              # to compare models: last words
     python data/prepare.py PATH... --name=mine  # text, .jsonl, .gz of either
 
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as in
@@ -15,6 +19,7 @@ import contextlib
 import difflib
 import gzip
 import inspect
+import itertools
 import json
 import os
 import re
@@ -88,25 +93,89 @@ def shakespeare(folder, source=None):
     shakespeare_char(folder, source, tokenizer="gpt2")
 
 
+def tinystories(folder, source=None):
+    """Short stories in words that small children know, by GPT-4 (R. Eldan, Y. Li, 2023:
+    arXiv:2305.07759): a small model learns to write whole ones."""
+    names = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
+    paths = [f"{source or f'{DATA}/downloads'}/{name}" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not source and not os.path.exists(path):
+            hub_download("datasets/roneneldan/TinyStories", name, path)
+
+    def read(path, f):
+        split = "train" if path == paths[0] else "val"
+        for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
+            story = "".join(lines).strip()
+            if story and not end:
+                yield path, split, [story]
+    write_tokens(folder, paths, read, "gpt2")
+
+
 def fineweb(folder, shards=103):
     """The 10 billion tokens of llm.c's GPT-2 124M: the first `shards`, and one to validate on."""
+    token_shards(folder, "kjj0/fineweb10B-gpt2", "fineweb", shards, 103)
+
+
+def fineweb_edu(folder, shards=100):
+    """FineWeb's more instructive pages: the first `shards` of the 1,001 of llm.c's GPT-2 1.5B."""
+    token_shards(folder, "karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb", shards, 1001)
+
+
+def token_shards(folder, repo, name, shards, most):
+    """Download shards of llm.c's format, 100 million tokens each."""
     from data.loader import open_tokens  # imports torch
-    names = ["fineweb_val_000000.bin"]
-    names += [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)]
+    if shards > most:
+        raise UsageError(f"--shards={shards}: there are {most}")
+    files = [f"{name}_val_000000.bin"]
+    files += [f"{name}_train_{i:06}.bin" for i in range(1, shards + 1)]
     counts = []
-    for number, name in enumerate(names, 1):
-        path = f"{folder}/{name}"
-        progress = Progress(f"fineweb, file {number} of {len(names)}")
+    for number, file in enumerate(files, 1):
+        path = f"{folder}/{file}"
+        progress = Progress(f"{os.path.basename(folder)}, file {number} of {len(files)}")
         try:
             open_tokens(path)
         except (FileNotFoundError, ValueError):                  # not downloaded yet, or damaged
-            hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, progress.show)
+            hub_download(f"datasets/{repo}", file, path, progress.show)
         counts.append(len(open_tokens(path)))
     report(folder, {"train": sum(counts[1:]), "val": counts[0]}, GPT2Tokenizer(),
            f" in {shards} shards")
 
 
-DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, fineweb)}
+def hellaswag(folder, source=None):
+    """Which of four endings is the right one (R. Zellers and others, 2019: arXiv:1905.07830), with
+    the text as in lm-evaluation-harness."""
+    path = source or f"{DATA}/downloads/hellaswag_val.jsonl"
+    if not os.path.exists(path):
+        download("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
+                 "hellaswag_val.jsonl", path,
+                 sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588")
+
+    def clean(text):
+        without = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return without.replace("  ", " ")
+
+    def item(record):
+        text = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+        return clean(text), list(map(clean, record["endings"])), int(record["label"])
+    write_items(folder, path, item)
+
+
+def lambada(folder, source=None):
+    """The last word of a passage (D. Paperno and others, 2016: arXiv:1606.06031), in OpenAI's
+    version, with the text as in lm-evaluation-harness's lambada_openai."""
+    path = source or f"{DATA}/downloads/lambada_test_en.jsonl"
+    if not os.path.exists(path):
+        hub_download("datasets/EleutherAI/lambada_openai", "data/lambada_test_en.jsonl", path)
+
+    def item(record):
+        text, _, word = record["text"].rpartition(" ")
+        return text, [word], 0
+    write_items(folder, path, item)
+
+
+DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, tinystories, fineweb,
+                                    fineweb_edu, hellaswag, lambada)}
+LARGE = ("tinystories", "fineweb", "fineweb_edu")        # train.py does not prepare these by itself
 
 
 def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text", pairs=None, skip_bad=False):
@@ -419,6 +488,46 @@ def report(folder, tokens, tokenizer, where=""):
           f"validate, vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
 
 
+def write_items(folder, path, item):
+    """Write a data set of items to compare models with. item(an object of the .jsonl file) gives a
+    text, its endings, and the number of the right one.
+
+    val.bin holds each text followed by each ending, and items.json, for each item, the number of
+    the right ending and of all endings [begin, first, end, characters]: val.bin[begin:end] is the
+    text and the ending, which begins at `first`. train.bin is empty.
+    """
+    check_folder(folder)
+    tokenizer = GPT2Tokenizer()
+    items = []
+    rows = [np.empty(0, dtype=np.uint16)]
+    begin = 0
+    with open_text(path) as f:
+        for number, record in json_records(path, f):
+            try:
+                text, endings, label = item(record)
+                if not text.strip() or label not in range(len(endings)):
+                    raise ValueError
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise UserError(f"{path}, line {number}: not an item of "
+                                f"{os.path.basename(folder)}") from None
+            places = []
+            # White space at the text's end belongs to the token that follows.
+            before = tokenizer.encode(text.rstrip())
+            for ending in endings:
+                rows.append(tokenizer.encode(f"{text} {ending}"))
+                end = begin + len(rows[-1])
+                places.append((begin, begin + len(before), end, len(ending)))
+                begin = end
+            items.append({"label": label, "endings": places})
+    tokens = {"train": 0, "val": begin}
+    with new_folder(folder) as part:
+        for split, ids in (("train", rows[:1]), ("val", rows)):
+            np.concatenate(ids).astype("<u2").tofile(f"{part}/{split}.bin")
+        Path(part, "items.json").write_text(json.dumps(items))
+        write_meta(part, tokens, tokenizer)
+    print(f"{folder}: {len(items):,} items, {begin:,} tokens")
+
+
 # --------------------------------------------------------------------------------------------------
 # Command line
 
@@ -434,8 +543,10 @@ class Options:
                       "which alone counts in the loss [prompt,completion]",
                       if_bare="prompt,completion")
     skip_bad: bool = flag(None, "leave out files of yours that cannot be read, and list them")
-    source: str = flag(None, "text file for shakespeare, library folder for stdlib")
-    shards: int = flag(None, "shards of fineweb, 1 to 103 [103]", at_least=1, at_most=103)
+    source: str = flag(None, "file of shakespeare, hellaswag or lambada, folder of stdlib or "
+                       "tinystories, in place of a download")
+    shards: int = flag(None, "shards of fineweb, up to 103 [103], or fineweb_edu, up to 1,001 "
+                       "[100]", at_least=1)
 
 
 def main():
@@ -471,6 +582,10 @@ def prepare_own(paths, typed):
         raise UsageError(f"{named[0]} is a data set of its own: prepare it alone")
     missing = [path for path in paths if not os.path.exists(path)]
     if "name" not in typed and missing:
+        if missing[0] == "openwebtext":
+            raise UsageError("openwebtext is not on the hub as plain files: use fineweb_edu or "
+                             "fineweb in its place. Tokens made by nanoGPT work: put its train.bin "
+                             "and val.bin in data/openwebtext")
         near = difflib.get_close_matches(missing[0], DATASETS, 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UsageError(f"{missing[0]!r} is not a data set ({', '.join(DATASETS)}), a file or a "
