@@ -2302,6 +2302,25 @@ def test_evaluation_changes_nothing(data, straight, tmp_path):
     assert len(a) == 9 and a == b
 
 
+@pytest.mark.parametrize("mode, ranks", [([], 0), ([], 2), (["--fsdp"], 2)])
+def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
+    """Fails if a text draws a run's random numbers, is not the model's, is missing at the end or
+    comes too often, or if a process takes no part."""
+    how = [*flags(dataset=data, dropout=0.1), *mode]
+    done = run("train", *how, f"--out_dir={tmp_path / 'with'}", "--sample_interval=4", ranks=ranks)
+    if ranks:
+        run("train", *how, f"--out_dir={tmp_path / 'whole'}", ranks=ranks)
+    same_run(tmp_path / "with", (tmp_path if ranks else straight) / "whole")
+    blocks = re.findall(r"--- step (\d):.*\n((?:    \| .*\n)*)", done.out)
+    assert [step for step, text in blocks if text] == ["0", "6", "9"] and len(blocks) == 4
+    model = GPT2.from_pretrained(tmp_path / "with")
+    table = load_tokenizer(data)
+    ids = model.generate(torch.tensor([table.encode("\n").tolist()]), 128, 0.8, top_k=200,
+                         generator=torch.Generator().manual_seed(1337))
+    text = table.decode(ids[0, 1:].tolist()).strip("\n")
+    assert blocks[-1][1] == "".join(f"    | {line}\n" for line in text.split("\n"))
+
+
 def test_what_a_run_leaves(straight, tmp_path, capsys, monkeypatch):
     """Fails if metrics.jsonl lacks a step or has it twice, if no browser opens the picture, or if a
     comparison overwrites a run's own curve."""

@@ -82,6 +82,9 @@ class Run:
                               at_least=1)
     eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all. "
                            "Of hellaswag and lambada: items, all by default", at_least=0)
+    sample_interval: int = flag(
+        None, "steps between texts that the model writes, after an evaluation", runtime=True,
+        at_least=1)
     eval_only: bool = flag(False, "evaluate on the validation data, and exit", runtime=True)
     eval_stride: int = flag(
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
@@ -109,7 +112,7 @@ RUN = {f.name: f for f in fields(Run)}
 # model is small enough to learn something on a CPU in minutes; fine-tuning is short and gentle.
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 # The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
-STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150)
+STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150, sample_interval=400)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
@@ -175,8 +178,9 @@ def parse_command_line():
     else:
         refuse(typed, ["eval_stride"], "has no effect without --eval_only")
     if typed.get("benchmark"):
-        refuse(typed, ("eval_interval", "eval_iters", "log_interval", "always_save_checkpoint",
-                       "max_iters", "tensorboard", "wandb"), "has no effect with --benchmark")
+        refuse(typed, ("eval_interval", "eval_iters", "sample_interval", "log_interval",
+                       "always_save_checkpoint", "max_iters", "tensorboard", "wandb"),
+               "has no effect with --benchmark")
     if not is_distributed():
         refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
@@ -1439,7 +1443,7 @@ class StopSignals:
         self.deadline = min(self.deadline, time.monotonic() + 2)
 
 
-def loop(trainer, log, save):
+def loop(trainer, log, save, tokenizer):
     """Train, evaluate and save until max_iters or a signal. Returns the exit code. save(export)
     writes a checkpoint."""
     run = trainer.run
@@ -1452,6 +1456,9 @@ def loop(trainer, log, save):
         if due and state.evaluated_step != state.step:
             began = time.monotonic()
             evaluate_and_save(trainer, log, save)
+            every = run.sample_interval
+            if every and (finished or state.step % every < run.eval_interval):
+                write_sample(trainer, tokenizer)
             log.since += time.monotonic() - began                # evaluation is no training time
         if finished or stopped:
             break
@@ -1483,6 +1490,20 @@ def evaluate_and_save(trainer, log, save):
     if run.always_save_checkpoint and state.step == log.first_step:
         return                                                   # nothing has been learned yet
     save(export=better or run.always_save_checkpoint)
+
+
+def write_sample(trainer, tokenizer):
+    """Print a short text by the model. Every process writes the same one, with a random generator
+    of its own, as every process has to take part under FSDP."""
+    generator = torch.Generator(trainer.device).manual_seed(trainer.run.seed)
+    prompt = torch.tensor([tokenizer.encode(tokenizer.default_prompt()).tolist()])
+    with trainer.context, torch.compiler.set_stance("force_eager"):
+        stream = trainer.model.stream(prompt.to(trainer.device), 128, 0.8, top_k=200,
+                                      generator=generator, stop_token=tokenizer.end_of_text)
+        text = tokenizer.decode([int(token) for token in stream])
+    if trainer.run.fsdp:
+        trainer.model.reshard()
+    say(textwrap.indent(text.strip("\n"), "    | ", lambda line: True))
 
 
 def train_step(trainer, signals):
@@ -1676,7 +1697,7 @@ def run_training(trainer, tokenizer, content):
             raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
                             f"{run.out_dir}: {error}. The state before it is untouched") from None
         trainer.saved_step = state.step
-    stopped = loop(trainer, log, save)
+    stopped = loop(trainer, log, save, tokenizer)
     log.close()
     if is_main():
         plot([run.out_dir], f"{run.out_dir}/loss.svg")
@@ -1734,8 +1755,8 @@ def resume_command(run):
         if os.environ["LOCAL_WORLD_SIZE"] != os.environ["WORLD_SIZE"]:
             launcher = "torchrun (with the same options as before)"
     kept = ""
-    for name in ("fsdp", "grad_checkpoint", "dtype", "device", "backend", "compile", "tensorboard",
-                 "wandb"):
+    for name in ("fsdp", "grad_checkpoint", "dtype", "device", "backend", "compile",
+                 "sample_interval", "tensorboard", "wandb"):
         if getattr(run, name) != getattr(Run, name):
             kept += f" --{name}={getattr(run, name)}"
     return f"{launcher} train.py --init_from=resume{out_dir_flag(run)}{kept}"
