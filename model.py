@@ -389,6 +389,9 @@ def empty_embedding(rows, width):
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
+LAST = (slice(None), -1)                         # the last position of each text
+
+
 class GPT2(nn.Module):
     """Radford et al. 2019, "Language Models are Unsupervised Multitask Learners".
 
@@ -449,18 +452,19 @@ class GPT2(nn.Module):
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, idx, targets=None, cache=None, return_logits=False):
+    def forward(self, idx, targets=None, cache=None, at=..., return_logits=False):
         """idx (B, T) token ids, or those of one text as an array or a list -> (logits (B, T, V),
         None).
 
         With targets like idx, -1 where not counted: (None, mean cross-entropy in nats), and with
         return_logits both. cache: from new_cache; idx then continues the text that the cache has
-        seen. Raises ValueError for a text longer than block_size, unless `rope` is on.
+        seen. at: an index of the (B, T) positions whose logits are asked for. Raises ValueError for
+        a text longer than block_size, unless `rope` is on.
         """
         x = self.hidden(token_ids(idx, self.device), cache)
         logits = None
         if targets is None or return_logits:
-            logits = self.project(x)
+            logits = self.project(x[at])
         if targets is None:
             return logits, None
         targets = token_ids(targets, self.device).flatten()
@@ -620,14 +624,11 @@ class GPT2(nn.Module):
                 if self.recent(text) is not text:
                     text = self.recent(text)
                     cache = None
-                if not use_cache:
-                    x = self.hidden(text)
-                elif cache is None:
+                unread = text if cache is None else text[:, -1:]
+                if use_cache and cache is None:
                     cache = self.new_cache(min(config.block_size, text.size(1) + left))
-                    x = self.hidden(text, cache)
-                else:
-                    x = self.hidden(text[:, -1:], cache)
-                token = sample_token(self.project(x[:, -1]), temperature, top_k, top_p, generator)
+                logits, _ = self(unread, cache=cache, at=LAST)
+                token = sample_token(logits, temperature, top_k, top_p, generator)
                 written = torch.ones_like(stopped)               # by the model
                 if rest is not None and i < rest.size(1):
                     written = rest[:, i] < 0
@@ -872,7 +873,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, targets, keep_gradients):
         loss = x.new_zeros((), dtype=torch.float32)
-        count = (targets >= 0).sum()
+        count = (targets >= 0).sum().clamp(min=1)
         if keep_gradients:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros_like(weight)

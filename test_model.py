@@ -287,6 +287,24 @@ def write_set(folder, *texts):
     pathlib.Path(folder, "meta.json").write_text(json.dumps(meta))
 
 
+def hide(folder, seed=0):
+    """Give a data set masks: runs of tokens, about half of all, are not to be predicted."""
+    generator = np.random.default_rng(seed)
+    for split in ("train", "val"):
+        runs = generator.integers(1, 60, size=1000)
+        mask = np.repeat(np.arange(1000) % 2, runs)[:len(read_bin(folder, split))]
+        mask.astype(np.uint8).tofile(os.path.join(folder, f"{split}.mask"))
+
+
+@pytest.fixture(scope="session")
+def masked(data, tmp_path_factory):
+    """The same data set, with masks."""
+    folder = tmp_path_factory.mktemp("masked") / "set"
+    shutil.copytree(data, folder)
+    hide(folder)
+    return str(folder)
+
+
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """A data set of 53 training and 5 validation samples: numbers that do not divide evenly."""
@@ -2339,6 +2357,52 @@ def by_hand(documents):
     return ids
 
 
+@pytest.mark.parametrize("kind", ["char", pytest.param("gpt2", marks=needs_bpe)])
+def test_pairs(tmp_path, capsys, kind):
+    """Fails if a prompt counts in the loss, a completion or the end of text after it does not, or
+    prompt and completion are not encoded each by itself."""
+    made = [(f"{w} {i}? ", f"{w[::-1]}\n" * (i % 3)) for i, w in enumerate(WORDS * 5)]
+    records = "".join(json.dumps({"q": q, "a": a, "n": 1}) + "\n" for q, a in made)
+    (tmp_path / "x.jsonl").write_text(records)
+    code, _, err = here(capsys, "prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set",
+                        "--pairs=q,a", f"--tokenizer={kind}")
+    assert code == 0, err
+    t = load_tokenizer(tmp_path / "set")
+    found = []
+    for split in ("train", "val"):
+        ids = read_bin(tmp_path / "set", split)
+        mask = np.fromfile(tmp_path / f"set/{split}.mask", dtype=np.uint8)
+        ends = np.flatnonzero(ids == t.end_of_text)
+        assert len(mask) == len(ids) and mask[ends].all() and len(ends) > 5
+        for i, m in zip(np.split(ids, ends), np.split(mask, ends), strict=True):
+            prompt, completion = (i[m == counted] for counted in (0, 1))
+            completion = completion[completion != t.end_of_text]
+            assert m.tolist() == sorted(m) or m[0] == 1 and m[1:].tolist() == sorted(m[1:])
+            found.append((t.decode(prompt), t.decode(completion)))
+            for part, text in zip((prompt, completion), found[-1], strict=True):
+                assert part.tolist() == t.encode(text).tolist()
+    assert sorted(found) == sorted(made)
+
+
+def test_skip_bad(tmp_path, capsys):
+    """Fails if one bad file stops a folder, one is left out without a word or by default, or the
+    text before the bad place stays."""
+    (tmp_path / "in").mkdir()
+    packed = gzip.compress(random.Random(0).randbytes(999).hex().encode())
+    bad = {"cut.gz": packed[:-9], "latin.txt": b"w" * 99999 + b"caf\xe9",
+           "x.jsonl": b'{"text": "w"}\n{"txt": "w"}\n'}
+    good = {"good.txt": b"abba" * 9, "good.jsonl": b'{"text": "dada"}'}
+    for name, content in {**bad, **good}.items():
+        (tmp_path / "in" / name).write_bytes(content)
+    command = ["prepare", tmp_path / "in", f"--name={tmp_path}/set", "--tokenizer=char",
+               "--val_frac=1"]
+    assert here(capsys, *command)[0] == 1
+    code, out, _ = here(capsys, *command, "--skip_bad")
+    assert code == 0 and out.count("left out: ") == 3 and all(f"in/{name}" in out for name in bad)
+    text = load_tokenizer(tmp_path / "set").decode(read_bin(tmp_path / "set", "val"))
+    assert text == "dada<|endoftext|>" + "abba" * 9
+
+
 @needs_bpe
 def test_stopped_and_prepared(texts, tmp_path, capsys, monkeypatch):
     """Fails if a stopped preparation leaves a data set or disturbs the next, portions come back in
@@ -2451,6 +2515,28 @@ def test_samples(tmp_path):
     assert y[0, -1] == 112
 
 
+def test_masked_samples(tmp_path):
+    """Fails if a mask is shifted against the tokens, hides one from the input, counts for the wrong
+    file, or may be cut or change between a stop and a resume."""
+    (tmp_path / "a.bin").write_bytes(raw(range(10)))
+    (tmp_path / "b.bin").write_bytes(raw(range(100, 110)))
+    (tmp_path / "b.mask").write_bytes(bytes([1, 0, 1, 1, 0, 0, 0, 1, 1, 1]))
+    paths = [str(tmp_path / "a.bin"), str(tmp_path / "b.bin")]
+    data = loader.TokenDataset(paths, 4, 200)
+    x, y = data.__getitems__(range(4))
+    assert x.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [100, 101, 102, 103], [104, 105, 106, 107]]
+    assert y.tolist() == [[1, 2, 3, 4], [5, 6, 7, 8], [-1, 102, 103, -1], [-1, -1, 107, 108]]
+    x, y = train.read_spans(data, np.array([[1, 4, 6, 9], [0, 0, 1, 4]]))
+    assert x.tolist() == [[104, 105, 106, 107], [0, 1, 2, 0]]
+    assert y.tolist() == [[-1, -1, 107, 108], [1, 2, 3, -1]]
+    before = data.fingerprint()
+    (tmp_path / "b.mask").write_bytes(bytes([1, 1, 1, 1, 0, 0, 0, 1, 1, 1]))
+    assert loader.TokenDataset(paths, 4, 200).fingerprint() != before
+    (tmp_path / "b.mask").write_bytes(bytes(9))
+    with pytest.raises(ValueError, match="b.mask has 9 bytes for 10 tokens"):
+        loader.TokenDataset(paths, 4, 200)
+
+
 def test_data_larger_than_memory_is_mapped(tmp_path):
     """Fails if token files are read into memory."""
     with open(tmp_path / "train.bin", "wb") as f:
@@ -2549,6 +2635,38 @@ def fineweb(hub, tmp_path, monkeypatch, capsys):
     return fineweb
 
 
+def test_fineweb_edu(hub, tmp_path, monkeypatch, capsys):
+    """Fails if it is not read from llm.c's repository of token shards."""
+    monkeypatch.setattr(prepare, "DATA", str(tmp_path))
+    hub.files.update({f"edu_{name}": shard(random_ids(4000, i)) for i, name in enumerate(NAMES)})
+    code, out, _ = here(capsys, "prepare", "fineweb_edu", "--shards=2")
+    assert code == 0 and "8,000 tokens to train on in 2 shards, 4,000 to validate" in out
+    assert hub.asked() == {f"edu_{name}" for name in NAMES}
+    repo = "/datasets/karpathy/fineweb-edu-100B-gpt2-token-shards/resolve/main/"
+    asked = [path for _, path, _ in hub.log if path.startswith("/datasets/")]
+    assert sorted(asked) == sorted(f"{repo}edu_{name}" for name in NAMES)
+    folder, paths = loader.find_data(f"{tmp_path}/fineweb_edu")
+    assert [len(paths[split]) for split in ("train", "val")] == [2, 1]
+
+
+@needs_bpe
+def test_tinystories(hub, tmp_path, monkeypatch, capsys):
+    """Fails if a story is lost, cut or joined to the next one, or is in the wrong split."""
+    monkeypatch.setattr(prepare, "DATA", str(tmp_path))
+    stories = [f"Once {i}.\n\nThe end <of {i}>.\n" for i in range(9)]
+    text = "<|endoftext|>\n".join(["", *stories[:7], "  \n"])
+    hub.files["TinyStoriesV2-GPT4-train.txt"] = text.encode()
+    hub.files["TinyStoriesV2-GPT4-valid.txt"] = "<|endoftext|>\n".join(stories[7:]).encode()
+    for _ in range(2):                                           # the second finds the downloads
+        code, out, err = here(capsys, "prepare", "tinystories")
+        assert code == 0, err
+        for split, part in (("train", stories[:7]), ("val", stories[7:])):
+            expected = by_hand([story.strip() for story in part])
+            assert read_bin(tmp_path / "tinystories", split).tolist() == expected
+    first = [path for _, path, _ in hub.log if path.startswith("/datasets/")]
+    assert len(first) == 2 and first[0].startswith("/datasets/roneneldan/TinyStories/resolve/main/")
+
+
 @pytest.mark.parametrize("damage", [lambda whole: whole[:5000], lambda whole: PAGE,
                                     lambda whole: whole[:2] + b"x" + whole[3:]])
 def test_fineweb_downloads_what_is_missing(hub, tmp_path, fineweb, damage):
@@ -2613,9 +2731,11 @@ def test_learning_rate():
     assert train.learning_rate(train.Run(learning_rate=3.0, decay_lr=False), 1) == 3.0
 
 
-def test_equals_a_loop_written_by_hand(data, tmp_path):
+@pytest.mark.parametrize("name", ["data", "masked"])
+def test_equals_a_loop_written_by_hand(name, request, tmp_path):
     """Fails if a step or an evaluation is not as documented: biases decay, or a mean, a clip, a
-    rate, the order or a sample is wrong."""
+    rate, the order or a sample is wrong, or targets that count have unequal weights."""
+    data = request.getfixturevalue(name)
     changes = dict(weight_decay=0.5, grad_clip=0.5, max_iters=10, eval_interval=5, eval_iters=100)
     run("train", *flags(dataset=data, out_dir=tmp_path / "out", **changes))
     splits = {split: loader.TokenDataset([f"{data}/{split}.bin"], 32, 50)
@@ -2635,8 +2755,7 @@ def test_equals_a_loop_written_by_hand(data, tmp_path):
     rows = []
     for step in range(11):
         if step % 5 == 0:
-            rows.append([step, *(np.mean([model(*split.__getitems__([i]))[1].item()
-                                          for i in range(len(split))])
+            rows.append([step, *(model(*split.__getitems__(range(len(split))))[1].item()
                                  for split in splits.values())])
         if step == 10:
             break
@@ -2663,6 +2782,25 @@ def test_evaluation_changes_nothing(data, straight, tmp_path):
     a = [r for r in curve(straight / "whole") if "loss" in r]
     b = [r for r in curve(tmp_path) if "loss" in r]
     assert len(a) == 9 and a == b
+
+
+@pytest.mark.parametrize("mode, ranks", [([], 0), ([], 2), (["--fsdp"], 2)])
+def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
+    """Fails if a text draws a run's random numbers, is not the model's, is missing at the end or
+    comes too often, or if a process takes no part."""
+    how = [*flags(dataset=data, dropout=0.1), *mode]
+    done = run("train", *how, f"--out_dir={tmp_path / 'with'}", "--sample_interval=4", ranks=ranks)
+    if ranks:
+        run("train", *how, f"--out_dir={tmp_path / 'whole'}", ranks=ranks)
+    same_run(tmp_path / "with", (tmp_path if ranks else straight) / "whole")
+    blocks = re.findall(r"--- step (\d):.*\n((?:    \| .*\n)*)", done.out)
+    assert [step for step, text in blocks if text] == ["0", "6", "9"] and len(blocks) == 4
+    model = GPT2.from_pretrained(tmp_path / "with")
+    table = load_tokenizer(data)
+    ids = model.generate(torch.tensor([table.encode("\n").tolist()]), 128, 0.8, top_k=200,
+                         generator=torch.Generator().manual_seed(1337))
+    text = table.decode(ids[0, 1:].tolist()).strip("\n")
+    assert blocks[-1][1] == "".join(f"    | {line}\n" for line in text.split("\n"))
 
 
 def test_what_a_run_leaves(straight, tmp_path, capsys, monkeypatch):
@@ -3076,6 +3214,27 @@ def test_two_processes_train_as_one(data, alone, tmp_path, name, changes, mode):
     or evaluation differ with the mode."""
     run("train", *flags(dataset=data, out_dir=tmp_path, **changes), *mode, ranks=2)
     agree(tmp_path, alone / name)
+
+
+@pytest.fixture(scope="session")
+def alone_masked(masked, tmp_path_factory):
+    """A run of one process on masked data."""
+    out = tmp_path_factory.mktemp("alone_masked")
+    run("train", *flags(dataset=masked, out_dir=out))
+    return out
+
+
+@both_modes
+def test_masked_in_all_modes(masked, alone_masked, tmp_path, mode):
+    """Fails if a target's weight depends on the targets that count beside it in its batch or its
+    process, or if a resume or --eval_only forgets the mask."""
+    how = flags(dataset=masked, out_dir=tmp_path)
+    run("train", *how, *mode, ranks=2, before=partial(at_step, 5, signal.SIGKILL), code=-9)
+    run("train", *how, *mode, "--init_from=resume", ranks=2)
+    agree(tmp_path, alone_masked)
+    out = run("train", "--eval_only", "--init_from=resume", f"--out_dir={tmp_path}",
+              "--device=cpu").out
+    assert f"validation loss {curve(tmp_path)[-1]['val_loss']:.4f} nats per token" in out
 
 
 @pytest.mark.slow
@@ -4037,6 +4196,153 @@ def test_eval_only_of_a_run(straight, tmp_path):
     assert len(os.listdir(tmp_path / "a")) == len(os.listdir(straight / "cut"))
 
 
+def made_up_items(folder, count):
+    """Items in the formats of HellaSwag's and LAMBADA's files, with all that their texts are known
+    for: brackets, double spaces, half sentences, other letters."""
+    rng = random.Random(0)
+
+    def some(least, most):
+        return " ".join(rng.choices(WORDS, k=rng.randint(least, most)))
+    begins = ["", "[header] ", "  ", "Émile's ", "* "]
+    ends = [".", "", " [title] How to", " [step]", " [substeps]  do", "  twice", ", he said"]
+    with open(folder / "hellaswag.jsonl", "w") as f:
+        for i in range(count):
+            record = {"ind": i, "activity_label": some(1, 3), "label": rng.randrange(4),
+                      "ctx_a": rng.choice(begins) + some(2, 60) + rng.choice(ends),
+                      "ctx_b": rng.choice(["", "he", "The two MEN", "émile"]),
+                      "endings": [rng.choice(begins) + some(1, 9) + rng.choice(ends)
+                                  for _ in range(4)]}
+            f.write(json.dumps(record) + "\n")
+    with open(folder / "lambada.jsonl", "w") as f:
+        for _ in range(count):
+            text = rng.choice(begins) + some(9, 90) + rng.choice(ends)
+            last = rng.choice(["\n" + rng.choice(WORDS), " a a", "  i", " e e", " dead"])
+            f.write(json.dumps({"text": text + last}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def item_sets(tmp_path_factory):
+    """Made-up items, prepared, and a model to compare -> their folder."""
+    folder = tmp_path_factory.mktemp("items")
+    made_up_items(folder, 300)
+    for name in ("hellaswag", "lambada"):
+        prepare.DATASETS[name](str(folder / name), str(folder / f"{name}.jsonl"))
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_positions=64, n_layer=2, n_head=2, n_embd=32)
+    loud(transformers.GPT2LMHeadModel(config), 4).save_pretrained(folder / "model")
+    return folder
+
+
+def judge(capsys, monkeypatch, folder, name, *argv):
+    """--eval_only on items -> (nats and exact of each ending, what is printed)."""
+    scores = []
+    score = train.score
+    monkeypatch.setattr(train, "score", lambda *args: scores.append(score(*args)) or scores[-1])
+    code, out, err = here(capsys, "train", "--eval_only", f"--init_from={folder}/model",
+                          f"--dataset={folder}/{name}", "--device=cpu", *argv)
+    assert code == 0, err
+    return scores[0], out
+
+
+@needs_bpe
+@pytest.mark.parametrize("name", ["hellaswag", "lambada"])
+def test_items_one_by_one(item_sets, capsys, monkeypatch, name):
+    """Fails if an ending's tokens are shifted or lost, padding or the sorting by length changes a
+    score, a long text loses its end, or a mean or an error is wrong."""
+    (nats, exact), out = judge(capsys, monkeypatch, item_sets, name, "--eval_iters=40")
+    assert "40 of 300" in out
+    model = transformers.GPT2LMHeadModel.from_pretrained(item_sets / "model").eval()
+    records = [json.loads(line) for line in open(item_sets / f"{name}.jsonl")]
+    records = [records[int(i)] for i in np.linspace(0, 299, 40)]
+    encode = tokenizer.gpt2_bpe().encode_ordinary
+    right = []
+    by_hand = []
+    for r in records:
+        if name == "lambada":
+            *before, word = r["text"].split(" ")
+            pairs = [(" ".join(before), " " + word)]
+        else:
+            text = f"{r['activity_label']}: {r['ctx_a']} {r['ctx_b'].capitalize()}"
+            text, *endings = (re.sub(r"\[.*?\]", "", t.strip().replace(" [title]", ". "))
+                              .replace("  ", " ") for t in (text, *r["endings"]))
+            pairs = [(text, " " + ending) for ending in endings]
+        for before, after in pairs:
+            ids = encode(before + after)
+            first = len(encode(before.rstrip()))
+            x = torch.tensor([ids[-65:]])
+            with torch.no_grad():
+                logits = model(x[:, :-1]).logits[0, first - len(ids):].log_softmax(-1)
+            y = x[0, first - len(ids):]
+            by_hand.append((-logits.gather(1, y[:, None]).sum().item(), len(after) - 1,
+                            bool((logits.argmax(1) == y).all())))
+        losses = np.array(by_hand[-len(pairs):])
+        if name == "hellaswag":
+            right.append([losses[:, 0].argmin() == r["label"],
+                          (losses[:, 0] / losses[:, 1]).argmin() == r["label"]])
+    assert nats == pytest.approx([row[0] for row in by_hand], rel=1e-5)
+    assert 0 < exact.mean() < 1 or name == "hellaswag"
+    assert exact.tolist() == [row[2] for row in by_hand]
+    printed = [float(n) for n in re.findall(r"(?:accuracy|perplexity|±) ([\d.]+)", out)]
+    mean = np.mean(right, axis=0) if right else np.array([exact.mean(), math.exp(nats.mean())])
+    if right:
+        error = np.sqrt(mean * (1 - mean) / 39)
+        assert printed == pytest.approx([mean[0], error[0], mean[1], error[1]], abs=6e-5)
+    else:
+        error = mean[1] * nats.std(ddof=1) / math.sqrt(40)
+        assert printed[2:] == pytest.approx([mean[1], error], rel=1e-3)
+
+
+@needs_bpe
+@both_modes
+def test_items_in_all_modes(item_sets, tmp_path, mode):
+    """Fails if processes share the endings wrongly, or one is left out of a forward pass."""
+    argv = ["--eval_only", f"--init_from={item_sets}/model", f"--dataset={item_sets}/hellaswag",
+            "--device=cpu", "--eval_iters=21", "--batch_size=3"]
+    alone, shared = (run("train", *argv, *how, ranks=ranks, folder=tmp_path).out.split("\nitems")[1]
+                     for how, ranks in (([], 0), (mode, 2)))
+    assert alone == shared and "length-normalised accuracy" in alone
+
+
+@pytest.mark.slow
+@needs_bpe
+@pytest.mark.parametrize("name, task", [("hellaswag", "hellaswag"), ("lambada", "lambada_openai")])
+def test_lm_evaluation_harness(item_sets, tmp_path, capsys, monkeypatch, name, task):
+    """Fails if an item's losses or outcome are not those of lm-evaluation-harness."""
+    for variable in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(variable, "1")
+    lm_eval = pytest.importorskip("lm_eval", reason="pip install lm_eval accelerate")
+    from lm_eval.models.huggingface import HFLM
+    tasks = pathlib.Path(lm_eval.__file__).parent / "tasks"
+    shutil.copytree(tasks / name, tmp_path / name)
+    path = tmp_path / name / f"{task}.yaml"
+    local = json.dumps({"data_files": dict.fromkeys(("train", "validation", "test"),
+                                                    str(item_sets / f"{name}.jsonl"))})
+    path.write_text(re.sub("dataset_path: .*\ndataset_name: .*", "dataset_path: json\n"
+                           f"dataset_kwargs: {local}", path.read_text()))
+    for ours, theirs in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        digest = hashlib.sha1((tokenizer.BPE_URL + ours).encode()).hexdigest()
+        shutil.copy(pathlib.Path(os.environ["TIKTOKEN_CACHE_DIR"], digest), tmp_path / theirs)
+    model = transformers.GPT2LMHeadModel.from_pretrained(item_sets / "model")
+    bpe = transformers.GPT2TokenizerFast.from_pretrained(tmp_path)
+    done = lm_eval.simple_evaluate(HFLM(model, tokenizer=bpe, device="cpu", batch_size=8),
+                                   tasks=[str(path)], log_samples=True, bootstrap_iters=100)
+    samples = sorted(done["samples"][task], key=lambda sample: sample["doc_id"])
+    theirs = np.array([response for sample in samples for response in sample["filtered_resps"]])
+    (nats, exact), out = judge(capsys, monkeypatch, item_sets, name)
+    assert nats == pytest.approx(-theirs[:, 0], rel=1e-5) and (exact == theirs[:, 1]).all()
+    for metric, words in (("acc", r"\naccuracy"), ("acc_norm", "length-normalised accuracy"),
+                          ("perplexity", "perplexity")):
+        value = done["results"][task].get(f"{metric},none")
+        if value is not None:
+            printed = re.search(f"{words} (\\S+) ± (\\S+)", out)
+            assert float(printed[1]) == pytest.approx(value, rel=1e-4, abs=5e-5)
+            if metric != "perplexity":                           # there they resample
+                error = done["results"][task][f"{metric}_stderr,none"]
+                assert float(printed[2]) == pytest.approx(error, abs=5e-5)
+    print(f"{task}: {len(nats)} endings, largest difference "
+          f"{np.abs(nats + theirs[:, 0]).max():.1e} nats; {done['results'][task]}")
+
+
 STRANGE = "naïve 日本語 🎉🏳️‍🌈 Ελλάδα!\u3000\u00a0\n"
 
 
@@ -4216,7 +4522,7 @@ def bad(data, straight, tmp_path_factory):
     """Files and folders, each with something wrong."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "empty").mkdir()
-    for name in ("nanogpt", "half", "wide", "counts"):
+    for name in ("nanogpt", "half", "wide", "counts", "items"):
         shutil.copytree(data, tmp / name)
     for name in ("pickle", "short", "bpe", "nometa"):
         shutil.copytree(straight / "whole", tmp / name)
@@ -4233,6 +4539,7 @@ def bad(data, straight, tmp_path_factory):
         "nanogpt/meta.pkl": b"", "ckpt.pt": b"PK",
         "pickle/model.safetensors": pickle.dumps(list(range(9))),
         "bpe/meta.json": b'{"tokenizer": "gpt2"}', "file": b"", "text": TEXT.encode(),
+        "items/items.json": b'[{"label": 1, "endings": [[0, 2, 4, 3]]}]',
         "counts/meta.json": b'{"tokenizer": "gpt2", "tokens": 5}', "cut.gz": packed[:-9],
         "wrong.gz": packed[:70000] + bytes(99) + packed[70099:], "late": b"a" * 9999 + b"\xff",
         "latin.jsonl": b'{"text": "caf\xe9"}', "x.jsonl": b'{"text": "a"}\n{"txt": "b"}\n'}
@@ -4313,6 +4620,10 @@ train    1  --dataset={bad}/counts                                 counts/meta.j
 train    1  --dataset={bad}/half                                   half written
 train    1  --dataset={bad}/wide                                   token 999, beyond the vocabulary
 train    1  --block_size=512                                       smaller --block_size
+train    2  --dataset={bad}/items                                  only compares models: add --eval_only
+train-   1  --eval_only --init_from={run} --dataset={bad}/items    items.json is damaged (it does not fit val.bin)
+train    2  --sample_interval=0                                    at least 1
+train    2  --sample_interval=4 --benchmark                        has no effect with --benchmark
 train    2  --init_from=gpt3                                       is not scratch, resume, auto
 train    1  --init_from=resume                                     there is no checkpoint in
 train    1  --init_from=gpt2                                       Without a network, copy the file to
@@ -4366,6 +4677,14 @@ prepare  2  {bad}/text --name=x --source={bad}/text                no effect on 
 prepare  2  stdlib --tokenizer=char                                no effect on stdlib
 prepare  2  shakespeare --source={bad}/none                        was not found
 prepare  2  fineweb --shards={digits}                              --shards
+prepare  2  fineweb --shards=104                                   there are 103
+prepare  2  hellaswag --shards=2                                   no effect on hellaswag
+prepare  2  openwebtext                                            use fineweb_edu or fineweb in its place
+prepare  1  hellaswag --source={bad}/x.jsonl                       x.jsonl, line 1: not an item of hellaswag
+prepare  2  {bad}/text --name=x --pairs                            --pairs reads .jsonl files
+prepare  2  {bad}/x.jsonl --name=x --pairs=text                    must be two names
+prepare  2  {bad}/x.jsonl --name=x --pairs --field=a               no effect with --pairs
+prepare  1  {bad}/x.jsonl --name=x --pairs=text,b --tokenizer=char line 1: no JSON object with a text 'b'
 prepare  1  {bad}/none --name=x                                    is not a file
 prepare  1  {bad}/file --name=x --tokenizer=char                   no text
 prepare  1  {bad}/latin.jsonl --name=x --tokenizer=char            convert it to UTF-8

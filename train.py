@@ -48,7 +48,7 @@ from data.cli import (
     run_main,
     usage_errors,
 )
-from data.prepare import DATASETS
+from data.prepare import DATASETS, LARGE
 
 # --------------------------------------------------------------------------------------------------
 # Flags: these, and the fields of GPT2Config
@@ -87,8 +87,11 @@ class Run:
         False, "recompute blocks in the backward pass: less memory, more time", runtime=True)
     eval_interval: int = flag(200, "steps between evaluations, each followed by a checkpoint",
                               at_least=1)
-    eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all",
-                           at_least=0)
+    eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all. "
+                           "Of hellaswag and lambada: items, all by default", at_least=0)
+    sample_interval: int = flag(
+        None, "steps between texts that the model writes, after an evaluation", runtime=True,
+        at_least=1)
     eval_only: bool = flag(False, "evaluate on the validation data, and exit", runtime=True)
     eval_stride: int = flag(
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
@@ -120,7 +123,7 @@ RUN = {f.name: f for f in fields(Run)}
 # model is small enough to learn something on a CPU in minutes; fine-tuning is short and gentle.
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 # The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
-STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150)
+STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150, sample_interval=400)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
@@ -144,9 +147,17 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from data.loader import EndlessSampler, TokenDataset, find_data, token_counts
+from data.loader import (
+    ITEMS,
+    EndlessSampler,
+    TokenDataset,
+    find_data,
+    read_items,
+    token_counts,
+)
 from data.tokenizer import load_tokenizer, tokenizer_from_json
 from model import (
     GPT2,
@@ -181,8 +192,9 @@ def parse_command_line():
     else:
         refuse(typed, ["eval_stride"], "has no effect without --eval_only")
     if typed.get("benchmark"):
-        refuse(typed, ("eval_interval", "eval_iters", "log_interval", "always_save_checkpoint",
-                       "max_iters", "tensorboard", "wandb"), "has no effect with --benchmark")
+        refuse(typed, ("eval_interval", "eval_iters", "sample_interval", "log_interval",
+                       "always_save_checkpoint", "max_iters", "tensorboard", "wandb"),
+               "has no effect with --benchmark")
     else:
         refuse(typed, ["trace"], "has no effect without --benchmark")
     if not is_distributed():
@@ -266,7 +278,7 @@ def resolve(typed):
 def check_contradictions(typed, saved, out_dir):
     """Raise UsageError for a typed flag that would make the resumed run another one."""
     for name in ("dataset", "seed", "muon", *SHAPE):
-        changeable = name in ("dropout", "flash")
+        changeable = name in ("dropout", "flash") or name == "dataset" and typed.get("eval_only")
         if name in typed and typed[name] != saved[name] and not changeable:
             raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, "
                              f"which has {name}={saved[name]}: leave it out, or start another run "
@@ -973,9 +985,14 @@ def open_data(run):
         folder = f"{DATA}/{run.dataset}"
         if not os.path.exists(f"{folder}/meta.json"):
             DATASETS[run.dataset](folder)
-    if run.dataset in DATASETS and run.dataset != "fineweb":     # that one is 20 GB
+    if run.dataset in DATASETS and run.dataset not in LARGE:
         main_first(prepare)
     folder, paths = find_data(run.dataset)
+    if os.path.exists(f"{folder}/{ITEMS}"):
+        if not run.eval_only:
+            raise UsageError(f"--dataset={run.dataset} only compares models: add --eval_only")
+        if run.eval_stride:
+            raise UsageError(f"--eval_stride has no effect on {run.dataset}")
     if run.eval_only:
         del paths["train"]                                       # it may be empty
     return folder, paths, load_tokenizer(folder)
@@ -1220,7 +1237,7 @@ def evaluate(trainer, data, spans, progress=None):
         x, y = read_spans(data, rows if len(rows) else spans[:1])
         with trainer.context:
             _, loss = model(x.to(trainer.device), y.to(trainer.device))
-        count = int((rows[:, 3] - rows[:, 2]).sum())
+        count = int((y[:len(rows)] >= 0).sum())
         nats = nats + loss.float() * count
         tokens += count
         if progress and is_main():
@@ -1229,6 +1246,8 @@ def evaluate(trainer, data, spans, progress=None):
     if trainer.run.fsdp:
         model.reshard()                                          # forward left the root gathered
     nats, tokens = sum_over_processes([nats, tokens], trainer.device)
+    if not tokens:
+        raise UserError("the samples evaluated hold prompts only: raise --eval_iters")
     return nats / tokens
 
 
@@ -1238,9 +1257,8 @@ def read_spans(data, rows):
     x = torch.zeros(len(rows), data.block_size, dtype=torch.int64)
     y = torch.full_like(x, -1)
     for i, (file, begin, first, end) in enumerate(rows):
-        ids = torch.from_numpy(data.read(file, begin, end).astype(np.int64))
-        x[i, :len(ids) - 1] = ids[:-1]
-        y[i, first - begin - 1:len(ids) - 1] = ids[first - begin:]
+        x[i, :end - 1 - begin] = torch.from_numpy(data.read(file, begin, end - 1).astype(np.int64))
+        y[i, first - 1 - begin:end - 1 - begin] = torch.from_numpy(data.targets(file, first, end))
     return x, y
 
 
@@ -1258,13 +1276,79 @@ def evaluate_only(trainer, tokenizer):
                         "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
                         f"given at least {data.block_size - stride + 1} tokens of context")
     loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1))
-    predicted = [data.files[file][first:end] for file, _, first, end in spans]
+    predicted = [ids[ids >= 0] for ids in (data.targets(file, first, end)
+                                           for file, _, first, end in spans)]
     tokens = sum(map(len, predicted))
     lengths = tokenizer.byte_lengths()
     size = sum(int(lengths[ids].sum()) for ids in predicted)
     say(f"validation loss {loss:.4f} nats per token, of {tokens:,} tokens\n"
         f"perplexity {math.exp(min(loss, 700)):.2f} per token\n"
         f"bits per byte {loss * tokens / math.log(2) / max(size, 1):.4f}, of {size:,} bytes")
+
+
+@torch.compiler.set_stance("force_eager")                        # too many shapes to compile
+@torch.no_grad()
+def score(trainer, data, spans, progress):
+    """-> (the sum of the losses in nats, whether each is the most likely token) of the tokens that
+    each of the spans predicts, both (N,). The processes share the work."""
+    model = trainer.model
+    lengths = spans[:, 3] - spans[:, 1] - 1
+    order = np.argsort(-lengths, kind="stable")                  # similar lengths share a batch
+    batch_size = trainer.run.batch_size * max(1, data.block_size // int(lengths.max()))
+    mine = order[rank()::world_size()]
+    scores = np.zeros((2, len(spans)))
+    model.eval()
+    for start in range(0, math.ceil(len(spans) / world_size()), batch_size):
+        chosen = mine[start:start + batch_size]
+        # Under FSDP every process takes part in every forward pass, even with nothing left to do.
+        rows = chosen if len(chosen) else order[:1]
+        x, y = (t[:, :lengths[rows].max()] for t in read_spans(data, spans[rows]))
+        x = x.to(trainer.device)
+        y = y.to(trainer.device)
+        counted = y >= 0
+        with trainer.context:
+            logits, _ = model(x, at=counted)
+        losses = F.cross_entropy(logits.float(), y[counted], reduction="none")
+        nats = torch.zeros(y.shape, device=y.device).masked_scatter(counted, losses)
+        missed = torch.zeros_like(counted).masked_scatter(counted, logits.argmax(1) != y[counted])
+        scores[0, chosen] = nats.sum(1)[:len(chosen)].cpu()
+        scores[1, chosen] = ~missed.any(1)[:len(chosen)].cpu()
+        if is_main():
+            progress.show(min((start + batch_size) * world_size(), len(spans)), len(spans))
+    if trainer.run.fsdp:
+        model.reshard()
+    return sum(gather(scores))
+
+
+def evaluate_items(trainer, folder, count):
+    """--eval_only on items (see `write_items` in data/prepare.py), evenly spaced ones if count is
+    not 0: print what lm-evaluation-harness does. The chosen ending is the one with the lowest loss,
+    or loss per character; a single ending counts if each of its tokens is the most likely one."""
+    data = trainer.splits["val"]
+    labels, endings = read_items(folder, data.tokens)
+    chosen = np.linspace(0, len(labels) - 1, min(count or len(labels), len(labels))).astype(int)
+    announce("items", f"{len(chosen):,} of {len(labels):,}: --eval_iters=N takes N of them")
+    labels = labels[chosen]
+    begin, first, end, characters = endings[chosen].reshape(-1, 4).T
+    begin = np.maximum(begin, end - data.block_size - 1)         # the last part of a long text
+    if (begin >= first).any():
+        raise UserError(f"an ending of {(end - first).max()} tokens does not fit "
+                        f"block_size={data.block_size}")
+    spans = np.stack([np.zeros_like(begin), begin, first, end], axis=1)
+    nats, exact = score(trainer, data, spans, Progress("evaluation", "endings", 1))
+    if endings.shape[1] == 1:
+        loss, error = mean_and_error(nats)
+        say("accuracy {:.4f} ± {:.4f}".format(*mean_and_error(exact)))
+        say(f"perplexity {math.exp(min(loss, 700)):.2f} ± {math.exp(min(loss, 700)) * error:.2f}")
+        return
+    for name, losses in (("accuracy", nats), ("length-normalised accuracy", nats / characters)):
+        right = losses.reshape(len(labels), -1).argmin(axis=1) == labels
+        say("{} {:.4f} ± {:.4f}".format(name, *mean_and_error(right)))
+
+
+def mean_and_error(values):
+    """The mean of a sample, and its standard error."""
+    return values.mean(), values.std(ddof=int(len(values) > 1)) / math.sqrt(len(values))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1278,6 +1362,7 @@ class Trainer:
         self.run = run
         self.config = config
         self.splits = splits
+        self.masked = "train" in splits and splits["train"].masked
         self.device = device
         self.state = State()
         self.model = model
@@ -1322,17 +1407,32 @@ class Trainer:
         sequence = np.random.SeedSequence([self.run.seed, self.state.step, rank()])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
         total = 0.0
+        counted = 0.0
         for i in range(self.micro_batches):
             set_sync(self.net, last=i == self.micro_batches - 1)
             loss = self.forward()
+            if self.masked:                                      # the mean over counted targets
+                share = (self.batch[1] >= 0).float().mean()
+                counted = counted + share / self.micro_batches
+                loss = loss * share
             self.load_batch()                                    # while a GPU computes
             self.backward(loss)
             total = total + loss.detach()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)
+        if self.masked:
+            total = total / self.weigh(counted)
         limit = self.run.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), limit)
         return total / self.micro_batches, gathered(norm)
+
+    def weigh(self, counted):
+        """Divide the gradients by the share of targets that count in the whole step, and return it:
+        then each of them has the same weight, in whatever batch and process it is."""
+        share, = sum_over_processes([counted / world_size()], self.device)
+        share = share or 1.0                                     # none counts
+        torch._foreach_div_([p.grad for p in self.parameters.values()], share)
+        return share
 
     def forward(self):
         with self.context:
@@ -1411,7 +1511,7 @@ class StopSignals:
         self.handle(signal.SIGTERM, frame)
 
 
-def loop(trainer, log, save):
+def loop(trainer, log, save, tokenizer):
     """Train, evaluate and save until max_iters or a signal. Returns the exit code. save(export)
     writes a checkpoint."""
     run = trainer.run
@@ -1424,6 +1524,9 @@ def loop(trainer, log, save):
         if due and state.evaluated_step != state.step:
             began = time.monotonic()
             evaluate_and_save(trainer, log, save)
+            every = run.sample_interval
+            if every and (finished or state.step % every < run.eval_interval):
+                write_sample(trainer, tokenizer)
             log.since += time.monotonic() - began                # evaluation is no training time
         if finished or stopped:
             break
@@ -1458,6 +1561,20 @@ def evaluate_and_save(trainer, log, save):
     if run.always_save_checkpoint and state.step == log.first_step:
         return                                                   # nothing has been learned yet
     save(export=better or run.always_save_checkpoint)
+
+
+def write_sample(trainer, tokenizer):
+    """Print a short text by the model. Every process writes the same one, with a random generator
+    of its own, as every process has to take part under FSDP."""
+    generator = torch.Generator(trainer.device).manual_seed(trainer.run.seed)
+    prompt = torch.tensor([tokenizer.encode(tokenizer.default_prompt()).tolist()])
+    with trainer.context, torch.compiler.set_stance("force_eager"):
+        stream = trainer.model.stream(prompt.to(trainer.device), 128, 0.8, top_k=200,
+                                      generator=generator, stop_token=tokenizer.end_of_text)
+        text = tokenizer.decode([int(token) for token in stream])
+    if trainer.run.fsdp:
+        trainer.model.reshard()
+    say(textwrap.indent(text.strip("\n"), "    | ", lambda line: True))
 
 
 def train_step(trainer, signals):
@@ -1643,6 +1760,8 @@ def train(typed, device, why_device):
         choices["weights"] = "random; --init_from=resume times the model in out_dir"
     del weights, checkpoint                                      # unmaps the file: Windows locks it
     announce_run(run, config, splits, tokenizer, choices)
+    if run.eval_only and os.path.exists(f"{folder}/{ITEMS}"):
+        return evaluate_items(trainer, folder, typed.get("eval_iters", 0))
     if run.eval_only:
         return evaluate_only(trainer, tokenizer)
     if trainer.saved_step is not None and trainer.state.step >= run.max_iters:
@@ -1677,7 +1796,7 @@ def run_training(trainer, tokenizer, fingerprints):
             raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
                             f"{run.out_dir}: {error}. {last_checkpoint(trainer)}") from None
         trainer.saved_step = state.step
-    stopped = loop(trainer, log, save)
+    stopped = loop(trainer, log, save, tokenizer)
     log.close()
     curves = draw_curves(run.out_dir) if is_main() else ""
     if stopped:
@@ -1727,7 +1846,7 @@ def resume_command(run):
             launcher = "torchrun (with the same options as before)"
     kept = ""
     for name in ("fsdp", "hsdp", "grad_checkpoint", "dtype", "device", "backend", "compile",
-                 "tensorboard", "wandb"):
+                 "sample_interval", "tensorboard", "wandb"):
         if getattr(run, name) != getattr(Run, name):
             kept += f" --{name}={getattr(run, name)}"
     return f"{launcher} train.py --init_from=resume{out_dir_flag(run)}{kept}"

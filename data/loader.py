@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, DistributedSampler
 
 from data import DATA
 
+ITEMS = "items.json"                                             # marks data to compare models with
 SHARD_MAGIC = 20240520                                           # of llm.c's files of GPT-2 tokens
 
 
@@ -53,6 +54,25 @@ def token_counts(folder):
     return counts
 
 
+def read_items(folder, tokens):
+    """The items of a data set that compares models, see `write_items` in data/prepare.py -> (number
+    of the right ending (N,), (begin, first, end, characters) of all endings (N, E, 4)). ValueError
+    if the file does not fit `tokens` tokens."""
+    path = f"{folder}/{ITEMS}"
+    try:
+        with open(path, encoding="utf-8") as f:
+            items = json.load(f)
+        labels = np.array([item["label"] for item in items], dtype=np.int64)
+        endings = np.array([item["endings"] for item in items], dtype=np.int64)
+        begin, first, end, _ = np.moveaxis(endings, 2, 0)
+        right = (0 <= begin) & (begin < first) & (first < end) & (end <= tokens)
+        if not right.all() or not ((labels >= 0) & (labels < endings.shape[1])).all():
+            raise ValueError("it does not fit val.bin")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error!s:.100}): prepare the data again") from None
+    return labels, endings
+
+
 def open_tokens(path):
     """The tokens of a file, mapped. ValueError if it is damaged.
 
@@ -83,9 +103,21 @@ def open_shard(path, size, header):
     return np.memmap(path, dtype="<u2", mode="r", offset=1024)
 
 
+def open_mask(path, tokens):
+    """Which tokens of a file are to be predicted, one byte each, mapped; None if all are."""
+    path = path.removesuffix(".bin") + ".mask"
+    if not os.path.exists(path):
+        return None
+    if os.path.getsize(path) != tokens:
+        raise ValueError(f"{path} has {os.path.getsize(path):,} bytes for {tokens:,} tokens: "
+                         "prepare the data again")
+    return np.memmap(path, dtype=np.uint8, mode="r")
+
+
 class TokenDataset(Dataset):
     """Token files cut into samples of block_size tokens. Sample i is (x, y), each (T,) int64; y is
-    x one token later. The files are mapped, so they may be larger than memory."""
+    x one token later, or -1 where a mask (see `open_mask`) says that it is not to be predicted. The
+    files are mapped, so they may be larger than memory."""
 
     def __init__(self, paths, block_size, vocab_size, expected=None):
         """expected: the number of tokens that must be there, None if unknown."""
@@ -93,6 +125,8 @@ class TokenDataset(Dataset):
         self.block_size = block_size
         self.vocab_size = vocab_size
         self.files = [open_tokens(path) for path in paths]
+        self.masks = [open_mask(path, len(f)) for path, f in zip(paths, self.files, strict=True)]
+        self.masked = any(mask is not None for mask in self.masks)
         self.tokens = sum(map(len, self.files))
         if expected is not None and self.tokens != expected:
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, meta.json says "
@@ -116,14 +150,15 @@ class TokenDataset(Dataset):
     def __getitems__(self, indices):
         """The samples as a batch: x and y, each (B, T)."""
         T = self.block_size
-        batch = np.empty((len(indices), T + 1), dtype=np.int64)
-        for row, i in zip(batch, indices, strict=True):
+        x = np.empty((len(indices), T), dtype=np.int64)
+        y = np.empty_like(x)
+        for row, i in enumerate(indices):
             file = int(np.searchsorted(self.ends, i, side="right"))
             first = int(self.ends[file - 1]) if file else 0
             start = (i - first) * T
-            row[:] = self.read(file, start, start + T + 1)
-        batch = torch.from_numpy(batch)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+            x[row] = self.read(file, start, start + T)
+            y[row] = self.targets(file, start + 1, start + T + 1)
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def read(self, file, start, end):
         """Tokens start to end of a file. ValueError if one is outside the vocabulary."""
@@ -131,6 +166,13 @@ class TokenDataset(Dataset):
         if ids.max() >= self.vocab_size:
             raise ValueError(f"{self.paths[file]} holds token {ids.max()}, beyond the vocabulary "
                              f"of {self.vocab_size}: it was made with another tokenizer")
+        return ids
+
+    def targets(self, file, start, end):
+        """Tokens start to end of a file, int64: -1 in place of those not to be predicted."""
+        ids = self.read(file, start, end).astype(np.int64)
+        if self.masks[file] is not None:
+            ids[self.masks[file][start:end] == 0] = -1
         return ids
 
     def spans(self, stride):
@@ -152,7 +194,7 @@ class TokenDataset(Dataset):
     def fingerprint(self):
         """A text that differs between data sets, from the sizes and a sample of the tokens."""
         crc = 0
-        for file in self.files:
+        for file in [*self.files, *(mask for mask in self.masks if mask is not None)]:
             some = file[::max(1, len(file) // 20)]
             crc = zlib.crc32(np.append(some, len(file)), crc)
         return f"{self.tokens:,} tokens (checksum {crc:08x})"

@@ -5,7 +5,11 @@ train.py knows its name too.
     python data/prepare.py stdlib               # Python's source, characters
     python data/prepare.py shakespeare_char     # nanoGPT's text, by characters
     python data/prepare.py shakespeare          # the same in GPT-2's tokens
+    python data/prepare.py tinystories          # stories in a child's words
     python data/prepare.py fineweb --shards=9   # 100 million tokens each
+    python data/prepare.py fineweb_edu          # its more instructive pages
+    python data/prepare.py hellaswag            # to compare models: endings
+    python data/prepare.py lambada              # to compare models: last words
     python data/prepare.py PATH... --name=mine  # text, .jsonl, .gz of either
 
 Writes data/NAME/ with train.bin and val.bin (the tokens, raw uint16, as in
@@ -16,6 +20,7 @@ import contextlib
 import difflib
 import gzip
 import inspect
+import itertools
 import json
 import os
 import re
@@ -98,49 +103,126 @@ def shakespeare(folder, source=None):
     shakespeare_char(folder, source, tokenizer="gpt2")
 
 
+def tinystories(folder, source=None):
+    """Short stories in words that small children know, by GPT-4 (R. Eldan, Y. Li, 2023:
+    arXiv:2305.07759): a small model learns to write whole ones."""
+    names = ["TinyStoriesV2-GPT4-train.txt", "TinyStoriesV2-GPT4-valid.txt"]
+    paths = [f"{source or f'{DATA}/downloads'}/{name}" for name in names]
+    for name, path in zip(names, paths, strict=True):
+        if not source and not os.path.exists(path):
+            hub_download("datasets/roneneldan/TinyStories", name, path)
+
+    def read(path, f):
+        split = "train" if path == paths[0] else "val"
+        for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
+            story = "".join(lines).strip()
+            if story and not end:
+                yield path, split, [story]
+    write_tokens(folder, paths, read, "gpt2")
+
+
 def fineweb(folder, shards=103):
     """The 10 billion tokens of llm.c's GPT-2 124M: the first `shards`, and one to validate on."""
+    token_shards(folder, "kjj0/fineweb10B-gpt2", "fineweb", shards, 103)
+
+
+def fineweb_edu(folder, shards=100):
+    """FineWeb's more instructive pages: the first `shards` of the 1,001 of llm.c's GPT-2 1.5B."""
+    token_shards(folder, "karpathy/fineweb-edu-100B-gpt2-token-shards", "edu_fineweb", shards, 1001)
+
+
+def token_shards(folder, repo, name, shards, most):
+    """Download shards of llm.c's format, 100 million tokens each."""
     from data.loader import open_tokens  # imports torch
-    names = ["fineweb_val_000000.bin"]
-    names += [f"fineweb_train_{i:06}.bin" for i in range(1, shards + 1)]
+    if shards > most:
+        raise UsageError(f"--shards={shards}: there are {most}")
+    files = [f"{name}_val_000000.bin"]
+    files += [f"{name}_train_{i:06}.bin" for i in range(1, shards + 1)]
     counts = []
-    for number, name in enumerate(names, 1):
-        path = f"{folder}/{name}"
-        progress = Progress(f"fineweb, file {number} of {len(names)}")
+    for number, file in enumerate(files, 1):
+        path = f"{folder}/{file}"
+        progress = Progress(f"{os.path.basename(folder)}, file {number} of {len(files)}")
         try:
             open_tokens(path)
         except (FileNotFoundError, ValueError):                  # not downloaded yet, or damaged
-            hub_download("datasets/kjj0/fineweb10B-gpt2", name, path, progress.show)
+            hub_download(f"datasets/{repo}", file, path, progress.show)
         counts.append(len(open_tokens(path)))
     report(folder, {"train": sum(counts[1:]), "val": counts[0]}, GPT2Tokenizer(),
            f" in {shards} shards")
 
 
-DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, fineweb)}
+def hellaswag(folder, source=None):
+    """Which of four endings is the right one (R. Zellers and others, 2019: arXiv:1905.07830), with
+    the text as in lm-evaluation-harness."""
+    path = source or f"{DATA}/downloads/hellaswag_val.jsonl"
+    if not os.path.exists(path):
+        download("https://raw.githubusercontent.com/rowanz/hellaswag/master/data/"
+                 "hellaswag_val.jsonl", path,
+                 sha256="0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588")
+
+    def clean(text):
+        without = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+        return without.replace("  ", " ")
+
+    def item(record):
+        text = f"{record['activity_label']}: {record['ctx_a']} {record['ctx_b'].capitalize()}"
+        return clean(text), list(map(clean, record["endings"])), int(record["label"])
+    write_items(folder, path, item)
 
 
-def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text"):
-    """Any files and folders. Each file is a document, and so is each line of a .jsonl file (the
-    text in its `field`)."""
+def lambada(folder, source=None):
+    """The last word of a passage (D. Paperno and others, 2016: arXiv:1606.06031), in OpenAI's
+    version, with the text as in lm-evaluation-harness's lambada_openai."""
+    path = source or f"{DATA}/downloads/lambada_test_en.jsonl"
+    if not os.path.exists(path):
+        hub_download("datasets/EleutherAI/lambada_openai", "data/lambada_test_en.jsonl", path)
+
+    def item(record):
+        text, _, word = record["text"].rpartition(" ")
+        return text, [word], 0
+    write_items(folder, path, item)
+
+
+DATASETS = {f.__name__: f for f in (stdlib, shakespeare_char, shakespeare, tinystories, fineweb,
+                                    fineweb_edu, hellaswag, lambada)}
+LARGE = ("tinystories", "fineweb", "fineweb_edu")        # train.py does not prepare these by itself
+
+
+def own(folder, paths, tokenizer="gpt2", val_frac=0.1, field="text", pairs=None, skip_bad=False):
+    """Any files and folders. Each file is a document, and so is each line of a .jsonl file: the
+    text in its `field`, or those in the two fields `pairs`, of which only the second counts in the
+    loss. skip_bad: leave out files that cannot be read."""
     files = []
     for path in paths:
         if not os.path.isfile(path) and not os.path.isdir(path):
             raise FileNotFoundError(f"{path!r} is not a file, a folder or a data set "
                                     f"({', '.join(DATASETS)})")
         files += walk(path) if os.path.isdir(path) else [path]
-    if field != "text" and not any(path.removesuffix(".gz").endswith(".jsonl") for path in files):
+    others = [path for path in files if not is_json_lines(path)]
+    if field != "text" and others == files:
         raise UsageError(f"--field={field} has no effect: there is no .jsonl file")
+    if pairs and others:
+        raise UsageError(f"--pairs reads .jsonl files, which {others[0]} is not: leave it out")
+    names = [field]
+    advice = "name the field with --field"
+    if pairs:
+        names = pairs.split(",")
+        advice = "name both fields with --pairs=PROMPT,COMPLETION"
+        if len(names) != 2:
+            raise UsageError(f"--pairs={pairs} must be two names: --pairs=PROMPT,COMPLETION")
     texts = [path for path in files if not is_binary(path)]
     left_out = [path for path in files if path not in set(texts)]
     if left_out:
         print(f"{len(left_out)} files that are not text are left out, the first: {left_out[0]}")
 
     def read(path, f):
-        if path.removesuffix(".gz").endswith(".jsonl"):
-            yield from json_lines(path, f, field)
+        if is_json_lines(path):
+            yield from json_lines(path, f, names, advice)
         else:
             yield path, None, read_pieces(f)
-    write_tokens(folder, texts, read, tokenizer, val_frac)
+    if skip_bad:
+        texts = [path for path in texts if is_good(path, read)]
+    write_tokens(folder, texts, read, tokenizer, val_frac, masked=bool(pairs))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -181,6 +263,17 @@ def is_binary(path):
     return False                                 # damaged: `read_all` reports it
 
 
+def is_good(path, read):
+    """Whether all of a file can be read; if not, say why."""
+    try:
+        for _ in read_all([path], read):
+            pass
+    except (UserError, OSError) as error:
+        print(f"left out: {error}")
+        return False
+    return True
+
+
 def read_pieces(f):
     """A file's text in pieces of about PORTION characters. A piece ends before white space that
     follows something else: GPT-2's tokenizer cuts there anyway, so the tokens are the same."""
@@ -196,19 +289,29 @@ def read_pieces(f):
         yield "".join(parts)
 
 
-def json_lines(path, f, field):
+def is_json_lines(path):
+    return path.removesuffix(".gz").endswith(".jsonl")
+
+
+def json_records(path, f):
+    """Yield (line number, value) of a .jsonl file, with None for a line that is no JSON."""
     for number, line in enumerate(f, 1):
         line = line.removeprefix("\ufeff")                       # a byte order mark
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            yield number, json.loads(line)
         except (ValueError, RecursionError):
-            record = None
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
-            raise UserError(f"{path}, line {number}: no JSON object with a text {field!r}: fix the "
-                            "line, or name the field with --field")
-        yield f"{path}:{number}", None, [replace_surrogates(record[field])]
+            yield number, None
+
+
+def json_lines(path, f, names, advice):
+    for number, record in json_records(path, f):
+        for name in names:
+            if not isinstance(record, dict) or not isinstance(record.get(name), str):
+                raise UserError(f"{path}, line {number}: no JSON object with a text {name!r}: fix "
+                                f"the line, or {advice}")
+        yield f"{path}:{number}", None, [replace_surrogates(record[name]) for name in names]
 
 
 def read_all(files, read):
@@ -228,21 +331,21 @@ def read_all(files, read):
 # Writing tokens
 
 
-def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
+def write_tokens(folder, files, read, tokenizer, val_frac=0.1, masked=False):
     """Write a data set from files. tokenizer: "gpt2" or "char".
 
     read(path, open file) yields for each document its name, its split ("train", "val" or None) and
     its text, an iterable of pieces. It is called twice, and must give the same text each time.
+    masked: a document's first piece is a prompt, which is not to be predicted; so says a file
+    train.mask beside train.bin, a byte for each token.
 
     All text is read once before it is encoded, for the table of characters and for the split, and
-    to report a bad line now and not after hours. The data set is written to folder.part, which is
-    renamed when it is complete.
+    to report a bad line now and not after hours.
     """
     check_folder(folder)
     if tokenizer == "gpt2":
         GPT2Tokenizer().encode("")               # fails now if its files cannot be downloaded
     name = os.path.basename(folder)
-    folder = os.path.realpath(folder)            # a link may lead to another disk
     total = sum(map(os.path.getsize, files))
     seen, sizes = survey(read_all(files, read), Progress(f"check {name}"), total, tokenizer)
     if not seen.any():
@@ -255,20 +358,30 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1):
     pieces = assign_splits(read_all(files, read), sizes, val_frac)
     tokens = {"train": 0, "val": 0}
     progress = Progress(name)
-    with (new_folder(folder) as part,
-          open(f"{part}/train.bin", "wb") as train,
-          open(f"{part}/val.bin", "wb") as val):
-        outputs = {"train": train, "val": val}
+    with new_folder(folder) as part, contextlib.ExitStack() as files:
+        outputs = {}
+        for file in ("train.bin", "val.bin", *(("train.mask", "val.mask") if masked else ())):
+            outputs[file] = files.enter_context(open(f"{part}/{file}", "wb"))
         for encoded, position in encode_in_threads(pieces, tokenizer):
-            for split, ids in encoded.items():
+            for split, (ids, counted) in encoded.items():
                 if not tokens[split]:                            # no end of text before any text
-                    ids = ids[np.cumsum(ids != tokenizer.end_of_text) > 0]
-                outputs[split].write(ids.astype("<u2").data)
+                    begun = np.cumsum(ids != tokenizer.end_of_text) > 0
+                    ids = ids[begun]
+                    counted = counted[begun]
+                outputs[f"{split}.bin"].write(ids.astype("<u2").data)
+                if masked:
+                    outputs[f"{split}.mask"].write(counted.data)
                 tokens[split] += len(ids)
             progress.show(position, total)
-        meta = {**tokenizer.to_json(), "tokens": tokens}
-        Path(part, "meta.json").write_text(json.dumps(meta))
+        write_meta(part, tokens, tokenizer)
     report(folder, tokens, tokenizer)
+
+
+def write_meta(folder, tokens, tokenizer):
+    Path(folder, "meta.json").write_text(json.dumps({**tokenizer.to_json(), "tokens": tokens}))
+
+
+FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "items.json", "meta.json"}
 
 
 @contextlib.contextmanager
@@ -293,7 +406,7 @@ def new_folder(folder):
 def check_folder(folder):
     """UserError if writing the data set would remove a file that is not part of one."""
     if os.path.exists(folder):
-        others = set(os.listdir(folder)) - {"train.bin", "val.bin", "meta.json"}
+        others = set(os.listdir(folder)) - FILES
         if others:
             raise UserError(f"{folder} also holds {min(others)!r}, which would be lost: choose "
                             "another --name, or move it away")
@@ -350,8 +463,9 @@ def split_at(pieces, cut):
 
 
 def encode_in_threads(pieces, tokenizer):
-    """Yield ({split: ids}, position) for about PORTION characters at a time, in order, encoded by
-    one thread per core. At most two portions per core are read ahead, so that memory is bounded."""
+    """Yield ({split: (ids, counted)}, position) for about PORTION characters at a time, in order,
+    encoded by one thread per core. At most two portions per core are read ahead, so that memory is
+    bounded."""
     cores = os.cpu_count() or 1
     pending = deque()
     portion = []
@@ -373,19 +487,63 @@ def encode_in_threads(pieces, tokenizer):
 
 
 def encode(pieces, tokenizer):
-    """-> ({split: ids}, position after them). The end-of-text token stands before each document."""
-    ids = {}
+    """-> ({split: (ids, counted)}, position after them). The end-of-text token stands before each
+    document. counted: 0 for the tokens of a document's first piece, else 1, uint8."""
+    encoded = {}
     for piece in pieces:
-        arrays = ids.setdefault(piece.split, [])
+        ids, counted = encoded.setdefault(piece.split, ([], []))
         if piece.first and tokenizer.end_of_text is not None:
-            arrays.append(np.array([tokenizer.end_of_text], dtype=np.uint16))
-        arrays.append(tokenizer.encode(piece.text))
-    return {split: np.concatenate(arrays) for split, arrays in ids.items()}, pieces[-1].position
+            ids.append(np.array([tokenizer.end_of_text], dtype=np.uint16))
+            counted.append(np.ones(1, dtype=np.uint8))
+        ids.append(tokenizer.encode(piece.text))
+        counted.append(np.full(len(ids[-1]), not piece.first, dtype=np.uint8))
+    joined = {split: tuple(map(np.concatenate, lists)) for split, lists in encoded.items()}
+    return joined, pieces[-1].position
 
 
 def report(folder, tokens, tokenizer, where=""):
     print(f"{folder}: {tokens['train']:,} tokens to train on{where}, {tokens['val']:,} to "
           f"validate, vocabulary {tokenizer.vocab_size} ({tokenizer.name})")
+
+
+def write_items(folder, path, item):
+    """Write a data set of items to compare models with. item(an object of the .jsonl file) gives a
+    text, its endings, and the number of the right one.
+
+    val.bin holds each text followed by each ending, and items.json, for each item, the number of
+    the right ending and of all endings [begin, first, end, characters]: val.bin[begin:end] is the
+    text and the ending, which begins at `first`. train.bin is empty.
+    """
+    check_folder(folder)
+    tokenizer = GPT2Tokenizer()
+    items = []
+    rows = [np.empty(0, dtype=np.uint16)]
+    begin = 0
+    with open_text(path) as f:
+        for number, record in json_records(path, f):
+            try:
+                text, endings, label = item(record)
+                if not text.strip() or label not in range(len(endings)):
+                    raise ValueError
+            except (LookupError, TypeError, ValueError, AttributeError):
+                raise UserError(f"{path}, line {number}: not an item of "
+                                f"{os.path.basename(folder)}") from None
+            places = []
+            # White space at the text's end belongs to the token that follows.
+            before = tokenizer.encode(text.rstrip())
+            for ending in endings:
+                rows.append(tokenizer.encode(f"{text} {ending}"))
+                end = begin + len(rows[-1])
+                places.append((begin, begin + len(before), end, len(ending)))
+                begin = end
+            items.append({"label": label, "endings": places})
+    tokens = {"train": 0, "val": begin}
+    with new_folder(folder) as part:
+        for split, ids in (("train", rows[:1]), ("val", rows)):
+            np.concatenate(ids).astype("<u2").tofile(f"{part}/{split}.bin")
+        Path(part, "items.json").write_text(json.dumps(items))
+        write_meta(part, tokens, tokenizer)
+    print(f"{folder}: {len(items):,} items, {begin:,} tokens")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -399,8 +557,14 @@ class Options:
     val_frac: float = flag(None, "fraction of your own data kept for validation, 1 = all [0.1]",
                            above=0, at_most=1)
     field: str = flag(None, "field with the text in the lines of your .jsonl files [text]")
-    source: str = flag(None, "text file for shakespeare, library folder for stdlib")
-    shards: int = flag(None, "shards of fineweb, 1 to 103 [103]", at_least=1, at_most=103)
+    pairs: str = flag(None, "your .jsonl files hold pairs: the fields of prompt and completion, "
+                      "which alone counts in the loss [prompt,completion]",
+                      if_bare="prompt,completion")
+    skip_bad: bool = flag(None, "leave out files of yours that cannot be read, and list them")
+    source: str = flag(None, "file of shakespeare, hellaswag or lambada, folder of stdlib or "
+                       "tinystories, in place of a download")
+    shards: int = flag(None, "shards of fineweb, up to 103 [103], or fineweb_edu, up to 1,001 "
+                       "[100]", at_least=1)
 
 
 def main():
@@ -429,11 +593,17 @@ def prepare_named(name, typed):
 
 def prepare_own(paths, typed):
     refuse(typed, ("source", "shards"), "has no effect on your own files")
+    if "pairs" in typed:
+        refuse(typed, ["field"], "has no effect with --pairs, which names two")
     named = [path for path in paths if path in DATASETS]
     if named:
         raise UsageError(f"{named[0]} is a data set of its own: prepare it alone")
     missing = [path for path in paths if not os.path.exists(path)]
     if "name" not in typed and missing:
+        if missing[0] == "openwebtext":
+            raise UsageError("openwebtext is not on the hub as plain files: use fineweb_edu or "
+                             "fineweb in its place. Tokens made by nanoGPT work: put its train.bin "
+                             "and val.bin in data/openwebtext")
         near = difflib.get_close_matches(missing[0], DATASETS, 1)
         hint = f": did you mean {near[0]}?" if near else ""
         raise UsageError(f"{missing[0]!r} is not a data set ({', '.join(DATASETS)}), a file or a "
