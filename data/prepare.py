@@ -388,6 +388,7 @@ FILES = {"train.bin", "val.bin", "train.mask", "val.mask", "items.json", "meta.j
 def new_folder(folder):
     """Yield folder.part, to write to. At the end it replaces `folder`; after an error it is
     removed."""
+    folder = os.path.realpath(folder)            # a link may lead to another disk
     part = folder + ".part"
     os.makedirs(part, exist_ok=True)
     with lock(f"{part}/.lock"):
@@ -540,7 +541,7 @@ def write_items(folder, path, item):
     tokens = {"train": 0, "val": begin}
     with new_folder(folder) as part:
         for split, ids in (("train", rows[:1]), ("val", rows)):
-            np.concatenate(ids).astype("<u2").tofile(f"{part}/{split}.bin")
+            Path(part, f"{split}.bin").write_bytes(np.concatenate(ids).astype("<u2").data)
         Path(part, "items.json").write_text(json.dumps(items))
         write_meta(part, tokens, tokenizer)
     print(f"{folder}: {len(items):,} items, {begin:,} tokens")
