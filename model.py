@@ -403,6 +403,7 @@ class GPT2(nn.Module):
         """seed: the weights are a function of it; None uses torch's global generator."""
         super().__init__()
         self.config = config
+        self.cross_entropy = linear_cross_entropy                # train.py may compile it
         self.grad_checkpoint = False     # recompute blocks in backward: less memory, a third slower
         self.changes = []                # what from_pretrained changed in the weights
         self.transformer = nn.ModuleDict(dict(
@@ -472,7 +473,7 @@ class GPT2(nn.Module):
             scores = self.project(x).float().flatten(0, 1)
             return logits, F.cross_entropy(scores, targets, ignore_index=-1)
         wte = self.transformer.wte.weight
-        return logits, linear_cross_entropy(x.flatten(0, 1), wte, targets)
+        return logits, self.cross_entropy(x.flatten(0, 1), wte, targets)
 
     def hidden(self, idx, cache=None):
         """The final hidden states (B, T, C) of idx (B, T)."""

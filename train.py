@@ -1052,8 +1052,10 @@ def build_model(run, config, weights, device, dtype, compiled):
     with torch.device("meta"):                                   # no memory for the whole model
         model = GPT2(config)
     model.grad_checkpoint = run.grad_checkpoint
-    for block in model.transformer.h if compiled else []:        # one compilation serves all
-        block.compile()
+    if compiled:
+        model.cross_entropy = torch.compile(model.cross_entropy)
+        for block in model.transformer.h:                        # one compilation serves all
+            block.compile()
     model = shard(model, run, device, dtype)
     parameters = dict(model.named_parameters())
     for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
