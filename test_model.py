@@ -2986,6 +2986,8 @@ def test_dropout_differs_per_rank_and_repeats_per_seed(tmp_path):
     ("scratch", "new", dict(dataset="x"), dict(muon=False, learning_rate=3e-3, max_iters=1400)),
     ("scratch", "new", dict(size="gpt2-medium"), dict(n_layer=24, n_head=16, n_embd=1024,
                                                       block_size=1024, muon=False)),
+    ("scratch", "new", dict(size="gpt2", dataset="fineweb", batch_size=8),
+     dict(n_layer=12, max_iters=9536, learning_rate=1.8e-3, batch_size=8)),
     ("scratch", "new", dict(size="gpt2", n_layer=2, muon=True),
      dict(n_layer=2, n_head=12, n_embd=768, muon=True, learning_rate=3e-3)),
     ("scratch", "new", dict(n_layer=2, batch_size=1), dict(n_layer=2, n_head=4, batch_size=1)),

@@ -66,7 +66,8 @@ class Run:
     dataset: str = flag("stdlib", f"{', '.join(DATASETS)}, a name you gave to data/prepare.py, or "
                         "a folder with token files")
     size: str = flag(None, "layers, heads and width of OpenAI's gpt2, gpt2-medium, gpt2-large or "
-                     "gpt2-xl, and block_size 1,024", runtime=True,
+                     "gpt2-xl, and block_size 1,024; with fineweb also batch, rate and steps",
+                     runtime=True,
                      choices=("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))
     seed: int = flag(1337, "random seed for weights, data order and dropout", at_least=0)
     batch_size: int = flag(4, "samples of block_size tokens in a batch of one process", at_least=1)
@@ -124,6 +125,10 @@ RUN = {f.name: f for f in fields(Run)}
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 # The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
 STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150, sample_interval=400)
+# GPT-2 on 5 billion tokens, 524,288 a step: with --size and --dataset=fineweb or fineweb_edu. After
+# modded-nanogpt's second record (AdamW, rotary positions, this rate): a loss of 3.28 with 124M.
+FINEWEB = dict(batch_size=16, gradient_accumulation_steps=32, max_iters=9536, learning_rate=1.8e-3,
+               warmup_iters=250, min_lr=0.0, beta2=0.95)
 FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
@@ -252,6 +257,8 @@ def resolve(typed):
         recipe = dict(SCRATCH)
         if asked.size:
             recipe.update(SIZES[asked.size], block_size=1024)
+            if asked.dataset in ("fineweb", "fineweb_edu"):
+                recipe.update(FINEWEB)
         elif asked.dataset == Run.dataset and typed.get("muon", True):
             recipe.update(STDLIB)
         if asked.eval_only:
