@@ -4624,7 +4624,7 @@ train    1  --dataset={bad}/wide                                   token 999, be
 train    1  --block_size=512                                       smaller --block_size
 train    2  --dataset={bad}/items                                  only compares models: add --eval_only
 train-   1  --eval_only --init_from={run} --dataset={bad}/items    items.json is damaged (it does not fit val.bin)
-train    2  --sample_interval=0                                    at least 1
+train    2  --sample_interval=-1                                   at least 0
 train    2  --sample_interval=4 --benchmark                        has no effect with --benchmark
 train    2  --init_from=gpt3                                       is not scratch, resume, auto
 train    1  --init_from=resume                                     there is no checkpoint in
@@ -4865,8 +4865,8 @@ def readme_commands():
     for name in DOCUMENTATION:
         text = (HERE / name).read_text()
         for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL):
-            for line in block.splitlines():
-                words = shlex.split(line.rpartition("|")[2], comments=True)
+            for command in re.split(r"\n|&&", block):
+                words = shlex.split(command.rpartition("|")[2], comments=True)
                 scripts = [word for word in words if word.endswith(".py")]
                 if scripts:
                     yield words[0], scripts[0], words[words.index(scripts[0]) + 1:]

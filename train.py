@@ -91,8 +91,8 @@ class Run:
     eval_iters: int = flag(20, "batches of each split per evaluation, over all processes; 0 = all. "
                            "Of hellaswag and lambada: items, all by default", at_least=0)
     sample_interval: int = flag(
-        None, "steps between texts that the model writes, after an evaluation", runtime=True,
-        at_least=1)
+        0, "steps between texts that the model writes, after an evaluation; 0 = none",
+        runtime=True, at_least=0)
     eval_only: bool = flag(False, "evaluate on the validation data, and exit", runtime=True)
     eval_stride: int = flag(
         None, "with --eval_only: tokens between samples, each scores its last ones [block_size]",
