@@ -3729,6 +3729,17 @@ class Malicious:
 
 
 MOMENT = "optimizer.0.exp_avg.transformer.wte.weight"
+
+
+def rename(content, saved, name=None):
+    """Give the moment another name, in the list of tensors too; None: remove it."""
+    value = content.pop(MOMENT)
+    saved["tensors"].remove(MOMENT)
+    if name:
+        content[name] = value
+        saved["tensors"].append(name)
+
+
 DAMAGES = {
     "short": (lambda path: path.write_bytes(path.read_bytes()[:-50]), "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
@@ -3761,6 +3772,19 @@ DAMAGES = {
         s["tensors"].append("transformer.h.0.ln_3.weight"))), "version"),
     "missing flag": (lambda path: rewrite(path, lambda t, s: s["run"].pop("seed")), "version"),
     "list": (lambda path: rewrite(path, lambda t, s: s.update(optimizers=3)), "damaged"),
+    "infinite": (lambda path: rewrite(path, lambda t, s: s["state"].update(
+        best_val_loss=-math.inf)), "impossible"),
+    "layers": (lambda path: rewrite(path, lambda t, s: s["config"].update(n_layer=10**5)),
+               "fewer tensors than n_layer=100000"),
+    "optimizer x": (lambda path: rewrite(path, lambda t, s: rename(
+        t, s, MOMENT.replace("0", "x"))), "version"),
+    "moment lost": (lambda path: rewrite(path, lambda t, s: rename(t, s)), "lacks tensors of an"),
+    "moment's shape": (lambda path: rewrite(path, lambda t, s: t.update({MOMENT: torch.ones(3)})),
+                       "shape (3,)"),
+    "moment's dtype": (lambda path: rewrite(path, lambda t, s: t.update({
+        MOMENT: t[MOMENT].long()})), "torch.int64"),
+    "step's shape": (lambda path: rewrite(path, lambda t, s: t.update({
+        MOMENT.replace("exp_avg", "step"): torch.ones(4)})), "shape (4,)"),
 }
 
 

@@ -520,7 +520,7 @@ class State:
     def __post_init__(self):
         if [type(value) for value in astuple(self)] != [int, int, float, int, int]:
             raise ValueError(f"{self} has values of wrong types")
-        if self.step < 0 or self.samples < 0 or math.isnan(self.best_val_loss):
+        if self.step < 0 or self.samples < 0 or not self.best_val_loss > -math.inf:
             raise ValueError(f"{self} is impossible")
 
 
@@ -552,6 +552,8 @@ class Checkpoint:
                 check_saved_flag(name, value)
             config = GPT2Config(**shape)
             self.settings = {**run, **asdict(config)}
+            if config.n_layer > len(self.tensors):               # or it takes hours to build them
+                raise ValueError(f"it has fewer tensors than n_layer={config.n_layer}")
             with torch.device("meta"):
                 parameters = dict(GPT2(config).named_parameters())
             for name, p in parameters.items():
@@ -561,7 +563,7 @@ class Checkpoint:
             raise UserError(self.damaged(error)) from None
         self.weights = {name: self.tensors.pop(name) for name in parameters}
         for name in self.tensors:                                # optimizer.NUMBER.KEY.PARAMETER
-            if name.split(".", 3)[-1] not in parameters:
+            if name.split(".", 3)[-1] not in parameters or not name.split(".")[1].isdecimal():
                 raise UserError(f"{self.path} was written by another version of the code: it holds "
                                 f"{name!r:.80}")
 
@@ -593,11 +595,17 @@ class Checkpoint:
         for name, value in self.tensors.items():
             _, i, key, parameter = name.split(".", 3)
             p = parameters[parameter]
+            if not fits(value, p):
+                raise UserError(self.damaged(ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}")))
             state.setdefault((int(i), p), {})[key] = placed(value, p)
         for i, optimizer in enumerate(optimizers):
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
+            kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
+            if len(kept) > len({p.dim() for p in ordered}):
+                raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if state:
@@ -613,6 +621,16 @@ def check_saved_flag(name, value):
     if default is not None and type(value) is not type(default):
         raise TypeError(f"{name}={value!r:.50} is not of type {type(default).__name__}")
     check_limits(name, value, RUN[name].metadata)
+
+
+def fits(value, p):
+    """Whether an optimizer can keep this tensor for the parameter p: a number, or numbers for all
+    of it, for its rows or for its columns."""
+    if value.dim() == 0:
+        return True
+    sizes = zip(value.shape, p.shape, strict=False)
+    return (value.is_floating_point() and value.dim() == p.dim()
+            and all(kept in (1, size) for kept, size in sizes))
 
 
 def placed(value, p):
