@@ -3027,6 +3027,24 @@ def test_earlier_runs_are_kept(data, tmp_path):
     assert folders == {"run-1", "run-2", "run-3", "run-4"}
 
 
+def test_models_of_others_are_kept(data, tmp_path):
+    """Fails if a run writes its config.json over that of a model in several files, or leaves one of
+    them, or a tokenizer of a run that was killed before its weights were written, beside its own.
+    """
+    hf_starcoder2(vocab_size=61, max_position_embeddings=32).save_pretrained(
+        tmp_path, max_shard_size="5KB")
+    (tmp_path / "vocab.json").write_text("{}")
+    before = files_of(tmp_path)
+    assert sum(name.startswith("model") for name in before) > 2
+    run("train", *flags(dataset=data, out_dir=tmp_path, max_iters=3))
+    assert files_of(tmp_path / "run-1") == before
+    assert before.keys() & files_of(tmp_path).keys() == {"config.json"}
+    for name in (train.STATE, train.PREVIOUS, "model.safetensors"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert train.set_aside(str(tmp_path)) == str(tmp_path / "run-2")
+    assert (tmp_path / "run-2/tokenizer.json").exists() and not files_of(tmp_path)
+
+
 @pytest.mark.parametrize("n", range(1, 10))
 def test_interrupted_move_is_finished(straight, tmp_path, monkeypatch, n):
     """Fails if a kill at the n-th file of a run that is moved away tears this run apart, or leaves

@@ -697,14 +697,17 @@ def exhaust(tensors):
 
 
 def set_aside(out_dir):
-    """Move the run that a new one would overwrite into the first free out_dir/run-N. Returns that
-    folder, None if there is no run. The state goes first, so that half of a run is never resumed,
-    and the weights last: as long as they are here, the next call finishes an interrupted move."""
+    """Move the run or model that a new run would overwrite into the first free out_dir/run-N.
+    Returns that folder, None if there is none. The state goes first, so that half of a run is never
+    resumed, and the weights last: as long as they are here, the next call finishes an interrupted
+    move."""
+    weights = [name for name in sorted(os.listdir(out_dir)) if name.startswith("model")
+               and name.endswith((".safetensors", ".safetensors.index.json"))]
     names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "tokenizer.json",
              "tokenizer_config.json", "vocab.json", "merges.txt", "metrics.jsonl", "loss.svg",
-             "tensorboard", "model.safetensors"]
+             "generation_config.json", "tensorboard", *weights]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
-    if STATE not in here and "model.safetensors" not in here:
+    if not weights and STATE not in here and "config.json" not in here:
         return None
     number = 1
     while any(os.path.exists(f"{out_dir}/run-{number}/{name}") for name in here):
