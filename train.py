@@ -1706,8 +1706,7 @@ def run_training(trainer, tokenizer, fingerprints):
             f"    {resume_command(run)}")
         return stopped
     if not run.always_save_checkpoint and state.best_step == 0:
-        say(f"\nThe validation loss never improved: {run.out_dir} holds the initial model. Try a "
-            "lower --learning_rate")
+        say("\nThe validation loss never improved. Try a lower --learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
         f"{curves}\n"
