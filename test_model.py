@@ -706,8 +706,9 @@ def test_a_full_cache_is_refused():
         model(tokens(1, 17))
 
 
-@pytest.mark.parametrize("kind", [list, np.array, partial(np.array, dtype=np.uint16),
-                                  torch.tensor], ids=["list", "array", "uint16", "tensor"])
+@pytest.mark.parametrize("kind", [
+    list, np.array, partial(np.array, dtype=np.uint16), torch.tensor,
+    lambda ids: list(np.array(ids))], ids=["list", "array", "uint16", "tensor", "list of numpy's"])
 def test_ids_of_one_text(kind):
     """Fails if ids as a tokenizer gives them are refused or misread."""
     model = small_model()
@@ -753,6 +754,9 @@ def test_inside_the_model(tmp_path, flags):
     assert all((w[..., ~mask] == 0).all() and w.shape == (2, 6, 16, 16) for w in weights)
     assert torch.equal(states[-1], model.hidden(idx)) and len(states) == 3 and len(weights) == 2
     assert not model.transformer.h[0]._forward_pre_hooks
+    in_training = small_model(dropout=0.5, **flags).train()
+    again = in_training.inspect(idx)
+    assert in_training.training and all(map(torch.equal, again[1], weights))
     model.save_pretrained(tmp_path)
     if flags.get("sliding_window") and not flags.get("rope"):
         return
@@ -1258,6 +1262,16 @@ def test_damaged_indexes_are_refused(tmp_path, index):
     hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match="index.json is damaged"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """Fails if one of two tensors of a name wins silently."""
+    hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value + 1}, second)
+    with pytest.raises(ValueError, match=f"{second} holds '{name}', which another"):
         GPT2.from_pretrained(tmp_path)
 
 
