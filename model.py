@@ -507,6 +507,8 @@ class GPT2(nn.Module):
         one. The attention weights are n_layer tensors (B, H, T, T).
         """
         idx = token_ids(idx, self.device)
+        was_training = self.training
+        self.eval()                                              # no dropout
         states = []
         weights = []
 
@@ -527,6 +529,7 @@ class GPT2(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
+            self.train(was_training)
         return states, weights
 
     def project(self, x):
@@ -572,7 +575,7 @@ class GPT2(nn.Module):
         A list of texts of any lengths -> a list of their tensors, each what the text alone gives
         (at temperature 0; else the random numbers differ). The other arguments are those of
         `stream`. A text that has reached its stop_token is filled up with it."""
-        several = isinstance(idx, list) and bool(idx) and not isinstance(idx[0], int)
+        several = isinstance(idx, list) and bool(idx) and hasattr(idx[0], "__len__")
         texts = [token_ids(text, self.device)[0]
                  for text in (idx if several else token_ids(idx, self.device))]
         read = [self.recent(text[None])[0] for text in texts]
@@ -1080,7 +1083,10 @@ def read_pretrained(name):
             raise ValueError(f"{config_path}: {error}") from None
     tensors = {}
     for path in paths:
-        tensors.update(read_safetensors(path)[0])
+        part, _ = read_safetensors(path)
+        for twice in sorted(part.keys() & tensors.keys()):
+            raise ValueError(f"{path} holds {twice!r:.80}, which another file of the model holds")
+        tensors.update(part)
     try:
         return config, weights_from_file(config, architecture, tensors), []
     except ValueError as error:

@@ -724,8 +724,9 @@ def test_a_full_cache_is_refused():
         model(tokens(1, 17))
 
 
-@pytest.mark.parametrize("kind", [list, np.array, partial(np.array, dtype=np.uint16),
-                                  torch.tensor], ids=["list", "array", "uint16", "tensor"])
+@pytest.mark.parametrize("kind", [
+    list, np.array, partial(np.array, dtype=np.uint16), torch.tensor,
+    lambda ids: list(np.array(ids))], ids=["list", "array", "uint16", "tensor", "list of numpy's"])
 def test_ids_of_one_text(kind):
     """Fails if ids as a tokenizer gives them are refused or misread."""
     model = small_model()
@@ -771,6 +772,9 @@ def test_inside_the_model(tmp_path, flags):
     assert all((w[..., ~mask] == 0).all() and w.shape == (2, 6, 16, 16) for w in weights)
     assert torch.equal(states[-1], model.hidden(idx)) and len(states) == 3 and len(weights) == 2
     assert not model.transformer.h[0]._forward_pre_hooks
+    in_training = small_model(dropout=0.5, **flags).train()
+    again = in_training.inspect(idx)
+    assert in_training.training and all(map(torch.equal, again[1], weights))
     model.save_pretrained(tmp_path)
     if flags.get("sliding_window") and not flags.get("rope"):
         return
@@ -1276,6 +1280,16 @@ def test_damaged_indexes_are_refused(tmp_path, index):
     hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match="index.json is damaged"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """Fails if one of two tensors of a name wins silently."""
+    hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value + 1}, second)
+    with pytest.raises(ValueError, match=f"{second} holds '{name}', which another"):
         GPT2.from_pretrained(tmp_path)
 
 
@@ -1844,6 +1858,18 @@ def test_any_model_of_the_hub(hub, tmp_path, monkeypatch, name, repo, sharded):
     if "/" in name:
         with pytest.raises(ValueError, match="vocab.json is another tokenizer"):
             load_tokenizer(name)
+
+
+def test_our_models_on_the_hub(hub, tmp_path):
+    """Fails if a model of characters that was uploaded as a run left it comes without its
+    tokenizer."""
+    table = CharTokenizer("abc\n", 4)
+    small_model(vocab_size=5).save_pretrained(tmp_path / "new", table)
+    hub.files = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert GPT2.from_pretrained("some/one").config.vocab_size == 5
+    assert load_tokenizer("some/one").to_json() == table.to_json()
+    hub.log.clear()
+    assert load_tokenizer("some/one").to_json() == table.to_json() and not hub.log
 
 
 @pytest.mark.parametrize("repo", ["gpt2", "openai-community--gpt2"])
@@ -2870,7 +2896,7 @@ def test_no_step_is_better(data, straight, tmp_path):
                      init_from=straight / "whole")
     whole = tmp_path / "whole"
     done = run("train", *how("whole"))
-    assert f"The validation loss never improved: {whole} holds the initial model" in done.out
+    assert "The validation loss never improved. Try a lower" in done.out
     before = load_file(straight / "whole/model.safetensors")
     after = load_file(whole / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -3165,6 +3191,24 @@ def test_earlier_runs_are_kept(data, tmp_path):
     assert curve(tmp_path)[0]["val_loss"] == pytest.approx(curve(first)[-1]["val_loss"], rel=1e-6)
     folders = {path.name for path in tmp_path.iterdir() if path.is_dir()}
     assert folders == {"run-1", "run-2", "run-3", "run-4"}
+
+
+def test_models_of_others_are_kept(data, tmp_path):
+    """Fails if a run writes its config.json over that of a model in several files, or leaves one of
+    them, or a tokenizer of a run that was killed before its weights were written, beside its own.
+    """
+    hf_starcoder2(vocab_size=61, max_position_embeddings=32).save_pretrained(
+        tmp_path, max_shard_size="5KB")
+    (tmp_path / "vocab.json").write_text("{}")
+    before = files_of(tmp_path)
+    assert sum(name.startswith("model") for name in before) > 2
+    run("train", *flags(dataset=data, out_dir=tmp_path, max_iters=3))
+    assert files_of(tmp_path / "run-1") == before
+    assert before.keys() & files_of(tmp_path).keys() == {"config.json"}
+    for name in (train.STATE, train.PREVIOUS, "model.safetensors"):
+        (tmp_path / name).unlink(missing_ok=True)
+    assert train.set_aside(str(tmp_path)) == str(tmp_path / "run-2")
+    assert (tmp_path / "run-2/tokenizer.json").exists() and not files_of(tmp_path)
 
 
 @pytest.mark.parametrize("n", range(1, 10))
@@ -3890,6 +3934,17 @@ class Malicious:
 
 
 MOMENT = "optimizer.0.exp_avg.transformer.wte.weight"
+
+
+def rename(content, saved, name=None):
+    """Give the moment another name, in the list of tensors too; None: remove it."""
+    value = content.pop(MOMENT)
+    saved["tensors"].remove(MOMENT)
+    if name:
+        content[name] = value
+        saved["tensors"].append(name)
+
+
 DAMAGES = {
     "short": (lambda path: path.write_bytes(path.read_bytes()[:-50]), "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
@@ -3922,6 +3977,19 @@ DAMAGES = {
         s["tensors"].append("transformer.h.0.ln_3.weight"))), "version"),
     "missing flag": (lambda path: rewrite(path, lambda t, s: s["run"].pop("seed")), "version"),
     "list": (lambda path: rewrite(path, lambda t, s: s.update(optimizers=3)), "damaged"),
+    "infinite": (lambda path: rewrite(path, lambda t, s: s["state"].update(
+        best_val_loss=-math.inf)), "impossible"),
+    "layers": (lambda path: rewrite(path, lambda t, s: s["config"].update(n_layer=10**5)),
+               "fewer tensors than n_layer=100000"),
+    "optimizer x": (lambda path: rewrite(path, lambda t, s: rename(
+        t, s, MOMENT.replace("0", "x"))), "version"),
+    "moment lost": (lambda path: rewrite(path, lambda t, s: rename(t, s)), "lacks tensors of an"),
+    "moment's shape": (lambda path: rewrite(path, lambda t, s: t.update({MOMENT: torch.ones(3)})),
+                       "shape (3,)"),
+    "moment's dtype": (lambda path: rewrite(path, lambda t, s: t.update({
+        MOMENT: t[MOMENT].long()})), "torch.int64"),
+    "step's shape": (lambda path: rewrite(path, lambda t, s: t.update({
+        MOMENT.replace("exp_avg", "step"): torch.ones(4)})), "shape (4,)"),
 }
 
 

@@ -539,7 +539,7 @@ class State:
     def __post_init__(self):
         if [type(value) for value in astuple(self)] != [int, int, float, int, int]:
             raise ValueError(f"{self} has values of wrong types")
-        if self.step < 0 or self.samples < 0 or math.isnan(self.best_val_loss):
+        if self.step < 0 or self.samples < 0 or not self.best_val_loss > -math.inf:
             raise ValueError(f"{self} is impossible")
 
 
@@ -571,6 +571,8 @@ class Checkpoint:
                 check_saved_flag(name, value)
             config = GPT2Config(**shape)
             self.settings = {**run, **asdict(config)}
+            if config.n_layer > len(self.tensors):               # or it takes hours to build them
+                raise ValueError(f"it has fewer tensors than n_layer={config.n_layer}")
             with torch.device("meta"):
                 parameters = dict(GPT2(config).named_parameters())
             for name, p in parameters.items():
@@ -580,7 +582,7 @@ class Checkpoint:
             raise UserError(self.damaged(error)) from None
         self.weights = {name: self.tensors.pop(name) for name in parameters}
         for name in self.tensors:                                # optimizer.NUMBER.KEY.PARAMETER
-            if name.split(".", 3)[-1] not in parameters:
+            if name.split(".", 3)[-1] not in parameters or not name.split(".")[1].isdecimal():
                 raise UserError(f"{self.path} was written by another version of the code: it holds "
                                 f"{name!r:.80}")
 
@@ -612,11 +614,17 @@ class Checkpoint:
         for name, value in self.tensors.items():
             _, i, key, parameter = name.split(".", 3)
             p = parameters[parameter]
+            if not fits(value, p):
+                raise UserError(self.damaged(ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}")))
             state.setdefault((int(i), p), {})[key] = placed(value, p)
         for i, optimizer in enumerate(optimizers):
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
+            kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
+            if len(kept) > len({p.dim() for p in ordered}):
+                raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if state:
@@ -632,6 +640,16 @@ def check_saved_flag(name, value):
     if default is not None and type(value) is not type(default):
         raise TypeError(f"{name}={value!r:.50} is not of type {type(default).__name__}")
     check_limits(name, value, RUN[name].metadata)
+
+
+def fits(value, p):
+    """Whether an optimizer can keep this tensor for the parameter p: a number, or numbers for all
+    of it, for its rows or for its columns."""
+    if value.dim() == 0:
+        return True
+    sizes = zip(value.shape, p.shape, strict=False)
+    return (value.is_floating_point() and value.dim() == p.dim()
+            and all(kept in (1, size) for kept, size in sizes))
 
 
 def placed(value, p):
@@ -698,14 +716,17 @@ def exhaust(tensors):
 
 
 def set_aside(out_dir):
-    """Move the run that a new one would overwrite into the first free out_dir/run-N. Returns that
-    folder, None if there is no run. The state goes first, so that half of a run is never resumed,
-    and the weights last: as long as they are here, the next call finishes an interrupted move."""
+    """Move the run or model that a new run would overwrite into the first free out_dir/run-N.
+    Returns that folder, None if there is none. The state goes first, so that half of a run is never
+    resumed, and the weights last: as long as they are here, the next call finishes an interrupted
+    move."""
+    weights = [name for name in sorted(os.listdir(out_dir)) if name.startswith("model")
+               and name.endswith((".safetensors", ".safetensors.index.json"))]
     names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "tokenizer.json",
              "tokenizer_config.json", "vocab.json", "merges.txt", "metrics.jsonl", "loss.svg",
-             "tensorboard", "model.safetensors"]
+             "generation_config.json", "tensorboard", *weights]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
-    if STATE not in here and "model.safetensors" not in here:
+    if not weights and STATE not in here and "config.json" not in here:
         return None
     number = 1
     while any(os.path.exists(f"{out_dir}/run-{number}/{name}") for name in here):
@@ -1813,8 +1834,7 @@ def run_training(trainer, tokenizer, fingerprints):
             f"    {resume_command(run)}")
         return stopped
     if not run.always_save_checkpoint and state.best_step == 0:
-        say(f"\nThe validation loss never improved: {run.out_dir} holds the initial model. Try a "
-            "lower --learning_rate")
+        say("\nThe validation loss never improved. Try a lower --learning_rate")
     say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
         f"{clock(time.monotonic() - log.began)} of training\n"
         f"{curves}\n"

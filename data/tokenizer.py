@@ -183,8 +183,12 @@ def load_tokenizer(name):
             raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
                              "not read: prepare the data again with data/prepare.py, which writes "
                              "meta.json")
-        check_vocabulary(name, folder)
-        return GPT2Tokenizer()
+        foreign = foreign_vocabulary(name, folder)
+        if not foreign:
+            return GPT2Tokenizer()
+        path = path_of_file(name, folder, "meta.json")           # of a model of ours on the hub
+        if not os.path.exists(path):
+            raise ValueError(foreign)
     with open(path, encoding="utf-8") as f:
         try:
             return tokenizer_from_json(json.load(f))
@@ -192,15 +196,20 @@ def load_tokenizer(name):
             raise ValueError(f"{path} is damaged: {error!s:.200}") from None
 
 
-def check_vocabulary(name, folder):
-    """Raise ValueError if the files of transformers in a folder, or of a model of the hub, hold
-    another vocabulary than GPT-2's."""
+def path_of_file(name, folder, file):
+    """The path of a file of a folder, or of a model of the hub, if it has this file."""
+    if "/" in str(name) and not os.path.exists(name):
+        from data.download import hub_file
+        with contextlib.suppress(FileNotFoundError):             # the model has no such file
+            return hub_file(name, file)
+    return f"{folder}/{file}"
+
+
+def foreign_vocabulary(name, folder):
+    """What is wrong if the files of transformers in a folder, or of a model of the hub, hold
+    another vocabulary than GPT-2's; else None. ValueError if they cannot be read."""
     for file in ("tokenizer.json", "vocab.json"):
-        path = f"{folder}/{file}"
-        if "/" in str(name) and not os.path.exists(name):
-            from data.download import hub_file
-            with contextlib.suppress(FileNotFoundError):         # the model has no such file
-                path = hub_file(name, file)
+        path = path_of_file(name, folder, file)
         if not os.path.exists(path):
             continue
         with open(path, encoding="utf-8") as f:
@@ -211,10 +220,11 @@ def check_vocabulary(name, folder):
                 text = "\n".join(sorted(vocab, key=vocab.get))
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"{path} cannot be read: {error!r:.100}") from None
-        if hashlib.sha256(text.encode(errors="replace")).hexdigest() != VOCABULARY:
-            raise ValueError(f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens; "
-                             "this project reads only GPT-2's and its own meta.json")
-        return
+        if hashlib.sha256(text.encode(errors="replace")).hexdigest() == VOCABULARY:
+            return None
+        return (f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens; this project "
+                "reads only GPT-2's and its own meta.json")
+    return None
 
 
 def code_points(text):
