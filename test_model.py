@@ -33,6 +33,7 @@ from collections import Counter
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -2156,6 +2157,47 @@ def test_order_of_shards(monkeypatch):
     assert max(sizes) == 13
 
 
+def test_a_large_file_is_shuffled_in_pieces(monkeypatch):
+    """Fails if a file of many samples is shuffled at once, if its pieces come in one order or leave
+    a sample out, or if a resume shuffles what lies before it."""
+    monkeypatch.setattr(loader, "PIECE", 5)
+    data = Numbers(23, 10)
+    line = data.line(99)
+    firsts = set()
+    for at in (0, 33, 66):
+        assert sorted(line[at:at + 33]) == list(range(33))
+        firsts.add(line[at] // 5)
+    assert len(firsts) > 1
+    randperm = mock.Mock(wraps=torch.randperm)
+    monkeypatch.setattr(torch, "randperm", randperm)
+    assert data.line(1, consumed=65) == line[65:66]
+    assert randperm.call_count == 2                              # of the pieces, and of the last
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), T=st.integers(1, 9),
+       stride=st.integers(1, 9), samples=st.integers(1, 50))
+def test_spans(lengths, T, stride, samples):
+    """Fails if the spans of an evaluation are not those of a walk through the files, or the chosen
+    ones not those that predict most, evenly spaced."""
+    stride = min(stride, T)
+    walk = []
+    for file, length in enumerate(lengths):
+        first = 1
+        begin = 0
+        while first < length:
+            end = min(begin + T + 1, length)
+            walk.append([file, begin, first, end])
+            first = end
+            begin += stride
+    data = SimpleNamespace(block_size=T, files=[range(n) for n in lengths])
+    assert loader.TokenDataset.spans(data, stride).tolist() == walk
+    full = [row for row in walk if row[3] - row[2] >= stride]
+    if full:
+        at = np.linspace(0, len(full) - 1, min(len(full), samples)).astype(int)
+        chosen = loader.TokenDataset.spans(data, stride, samples)
+        assert chosen.tolist() == [full[i] for i in at]
+
+
 # --------------------------------------------------------------------------------------------------
 # FineWeb's shards
 
@@ -2843,6 +2885,38 @@ def watch_memory(folder):
     watch = threading.Thread(target=lambda: [look() for _ in iter(lambda: time.sleep(0.002), 0)])
     watch.daemon = True
     watch.start()
+
+
+def peak_of_a_step(folder):
+    """Write down by how much this process grows from before the model is built to the peak of a
+    step. The pages of mapped files (torch's own code) do not count."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)                       # give back at once what is freed
+    train.prepare_device = lambda device: None                   # which would keep it
+
+    def status(name):
+        found = re.search(rf"{name}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+    build = train.build_model
+    gradients = train.Trainer.gradients
+    update = train.Trainer.update
+    before = 0
+
+    def built(*args):
+        nonlocal before
+        before = status("RssAnon")
+        return build(*args)
+
+    def begin(trainer):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")    # the peak counts from here
+        return gradients(trainer)
+
+    def end(trainer):
+        update(trainer)
+        grown = status("VmHWM") - status("RssFile") - status("RssShmem") - before
+        pathlib.Path(folder, os.environ.get("RANK", "0")).write_text(str(grown))
+    train.build_model = built
+    train.Trainer.gradients = begin
+    train.Trainer.update = end
 
 
 @needs_linux
