@@ -30,6 +30,7 @@ import threading
 import time
 import xml.etree.ElementTree
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
@@ -2917,6 +2918,38 @@ def peak_of_a_step(folder):
     train.build_model = built
     train.Trainer.gradients = begin
     train.Trainer.update = end
+
+
+def simulated_peak(mode, processes, config, flags):
+    """The peak of a step by .github/scale.py."""
+    spec = importlib.util.spec_from_file_location("scale", HERE / ".github/scale.py")
+    scale = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scale)
+    return scale.simulate(mode, processes, config, **flags)["peak"]
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, processes, muon", [
+    ("single", 1, False), ("DDP", 2, False), ("DDP", 4, False), ("FSDP", 2, False),
+    ("FSDP", 4, False), ("single", 1, True), ("DDP", 2, True), ("FSDP", 2, True)])
+def test_simulated_memory(data, tmp_path, mode, processes, muon):
+    """Fails if the simulated peak of a step is not within 10 % of what real processes grow by, so
+    also if DDP or FSDP keep a second copy of the gradients while these accumulate."""
+    shape = dict(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=16000)
+    how = dict(batch_size=4, gradient_accumulation_steps=2 * processes, muon=muon)
+    argv = flags(dataset=data, out_dir=tmp_path / "out", max_iters=2, eval_interval=2, eval_iters=1,
+                 always_save_checkpoint=False, **shape, **how)
+    run("train", *argv, f"--fsdp={mode == 'FSDP'}", ranks=0 if mode == "single" else processes,
+        before=partial(peak_of_a_step, tmp_path), timeout=300)
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
+        job = pool.submit(simulated_peak, mode, processes, GPT2Config(**shape), how)
+        simulated = job.result()
+    real = [int((tmp_path / str(rank)).read_text()) for rank in range(processes)]
+    print(f"{mode} on {processes}, muon={muon}: {max(real) / 1e6:.0f} MB, simulated "
+          f"{simulated / 1e6:.0f} MB")
+    for grown in real:
+        assert grown == pytest.approx(simulated, rel=0.1)
 
 
 @needs_linux

@@ -2,12 +2,14 @@
 What a training step on many GPUs needs, computed without them: one process of 1 to 512 runs
 train.py's own step on fake tensors, which have a shape and no numbers, in a fake process group.
 
-    python .github/scale.py                        # OpenAI's four sizes; half an hour on one core
+    python .github/scale.py                        # OpenAI's four sizes
     python .github/scale.py gpt2-xl --muon         # one of them, with Muon
+    python .github/scale.py gpt2 --whole           # runs every layer: 5 to 20 times as long
 
-Micro-batches of 1 x 1,024 tokens, two of them a step; bfloat16, weights in float32; 8 processes a
-machine. Seen are the tensors of PyTorch. Not seen are CUDA itself, the buffers of nccl, what CUDA's
-allocator leaves unused, and the workspaces of its kernels.
+All blocks are alike, so unless --whole is given the step is run with 3 and with 5 of them, and the
+figures continue the line. Micro-batches of 1 x 1,024 tokens, two of them a step; bfloat16, weights
+in float32; 8 processes a machine. Seen are the tensors of PyTorch. Not seen are CUDA itself, the
+buffers of nccl, what CUDA's allocator leaves unused, and the workspaces of its kernels.
 
 Columns, in GB: the weights, gradients and optimizer state of a process; what a forward pass adds
 (activations; on one device and in DDP the weights in bfloat16; in FSDP the gathered embeddings);
@@ -18,6 +20,7 @@ import collections
 import os
 import sys
 import weakref
+from dataclasses import replace
 from unittest import mock
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -177,7 +180,7 @@ class Trainer(train.Trainer):
 
     def measure(self, watch):
         self.watch = watch
-        self.gradients()
+        self.gradients()                                         # makes the optimizer's state
         self.update()
         watch.peak = 0
         watch.sent.clear()
@@ -216,6 +219,21 @@ def sum_local(tensors):
     return sum_bytes([t.to_local() if hasattr(t, "to_local") else t for t in tensors])
 
 
+def on_a_line(whole, mode, processes, config, *args, **flags):
+    """simulate, from runs with 3 and 5 layers unless `whole`."""
+    if whole:
+        return simulate(mode, processes, config, *args, **flags)
+    few, more = (simulate(mode, processes, replace(config, n_layer=n), *args, **flags)
+                 for n in (3, 5))
+
+    def continued(a, b):
+        return a + (b - a) // 2 * (config.n_layer - 3)
+    found = {name: continued(few[name], more[name]) for name in few.keys() - {"sent"}}
+    found["sent"] = {name: continued(few["sent"][name], size)
+                     for name, size in more["sent"].items()}
+    return found
+
+
 def show(size, mode, processes, found, checkpointed):
     sent = "; ".join(f"{name} {size / 1e9:.2f}" for name, size in found["sent"].items()
                      if size > 1e6)
@@ -232,7 +250,8 @@ def table(head):
 def main():
     sizes = [name for name in sys.argv[1:] if name in SIZES] or list(SIZES)
     muon = "--muon" in sys.argv[1:]
-    if set(sys.argv[1:]) - {*SIZES, "--muon"}:
+    whole = "--whole" in sys.argv[1:]
+    if set(sys.argv[1:]) - {*SIZES, "--muon", "--whole"}:
         sys.exit(__doc__)
     GPT2 = as_on_a_gpu()
     largest = {}
@@ -242,8 +261,8 @@ def main():
         config = GPT2Config(**SIZES[size])
         for mode, counts in MODES.items():
             for processes in counts:
-                both = [simulate(mode, processes, config, GPT2, torch.bfloat16, muon=muon,
-                                 grad_checkpoint=on) for on in (False, True)]
+                both = [on_a_line(whole, mode, processes, config, GPT2, torch.bfloat16, muon=muon,
+                                  grad_checkpoint=on) for on in (False, True)]
                 show(size, mode, processes, *both)
                 for card, capacity in CARDS.items():
                     for note, found in zip(("", " with grad_checkpoint"), both, strict=True):
