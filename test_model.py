@@ -920,6 +920,23 @@ def test_compiled(flags):
     assert operations and not any("mkldnn" in name for name in operations)
 
 
+@pytest.mark.parametrize("flags", [MATRIX[0], MATRIX[7]], ids=setting_id)
+def test_compiled_block_trains(flags):
+    """Fails if a block breaks into several graphs, or its gradients change when it is compiled."""
+    torch.compiler.reset()
+    config = small_config(**flags)
+    block = small_model(**flags).transformer.h[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    rotary = rotary_tables(torch.arange(9), config.head_dim, 1e4) if config.rope else None
+    x = torch.randn(2, 9, config.n_embd, generator=torch.Generator().manual_seed(0))
+    inputs = [x.requires_grad_(), *block.parameters()]
+    y, z = (f(x, rotary) for f in (block, compiled))
+    assert_close(z, y, 1e-5)
+    for a, b in zip(*(torch.autograd.grad(out.square().mean(), inputs) for out in (y, z)),
+                    strict=True):
+        assert_close(b, a, 1e-5 * (1 + a.abs().max()))
+
+
 # --------------------------------------------------------------------------------------------------
 # Checkpoint format
 
@@ -2760,6 +2777,15 @@ def test_all_modes_over_50_steps(data, tmp_path, name, changes):
         run("train", *flags(out_dir=out, **how), f"--fsdp={mode == 'fsdp'}", ranks=ranks,
             timeout=300)
         print(f"{name}, {mode} on {ranks}: {agree(out, tmp_path / '1'):.1e} at 50 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, ranks", [([], 0), ([], 2), (["--fsdp"], 2)])
+def test_compiled_runs(data, tmp_path, alone, mode, ranks):
+    """Fails if a mode computes other losses when its blocks are compiled. Needs a C++ compiler."""
+    run("train", *flags(dataset=data, out_dir=tmp_path, compile=True), *mode, ranks=ranks,
+        timeout=300)
+    print(f"{mode} on {ranks or 1}: {agree(tmp_path, alone / 'plain'):.1e} at 9 steps")
 
 
 def torchrun(*argv, hook="", nproc=2, options=("--standalone",), tmp):
