@@ -30,9 +30,11 @@ import threading
 import time
 import xml.etree.ElementTree
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -1018,6 +1020,23 @@ def test_compiled(flags):
         assert_close(compiled(tokens(1, length)), model.hidden(tokens(1, length)), 1e-4)
     operations = [str(node.target) for graph in given for node in graph.graph.nodes]
     assert operations and not any("mkldnn" in name for name in operations)
+
+
+@pytest.mark.parametrize("flags", [MATRIX[0], MATRIX[7]], ids=setting_id)
+def test_compiled_block_trains(flags):
+    """Fails if a block breaks into several graphs, or its gradients change when it is compiled."""
+    torch.compiler.reset()
+    config = small_config(**flags)
+    block = small_model(**flags).transformer.h[0]
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    rotary = rotary_tables(torch.arange(9), config.head_dim, 1e4) if config.rope else None
+    x = torch.randn(2, 9, config.n_embd, generator=torch.Generator().manual_seed(0))
+    inputs = [x.requires_grad_(), *block.parameters()]
+    y, z = (f(x, rotary) for f in (block, compiled))
+    assert_close(z, y, 1e-5)
+    for a, b in zip(*(torch.autograd.grad(out.square().mean(), inputs) for out in (y, z)),
+                    strict=True):
+        assert_close(b, a, 1e-5 * (1 + a.abs().max()))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2641,6 +2660,47 @@ def test_order_of_shards(monkeypatch):
     assert max(sizes) == 13
 
 
+def test_a_large_file_is_shuffled_in_pieces(monkeypatch):
+    """Fails if a file of many samples is shuffled at once, if its pieces come in one order or leave
+    a sample out, or if a resume shuffles what lies before it."""
+    monkeypatch.setattr(loader, "PIECE", 5)
+    data = Numbers(23, 10)
+    line = data.line(99)
+    firsts = set()
+    for at in (0, 33, 66):
+        assert sorted(line[at:at + 33]) == list(range(33))
+        firsts.add(line[at] // 5)
+    assert len(firsts) > 1
+    randperm = mock.Mock(wraps=torch.randperm)
+    monkeypatch.setattr(torch, "randperm", randperm)
+    assert data.line(1, consumed=65) == line[65:66]
+    assert randperm.call_count == 2                              # of the pieces, and of the last
+
+
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4), T=st.integers(1, 9),
+       stride=st.integers(1, 9), samples=st.integers(1, 50))
+def test_spans(lengths, T, stride, samples):
+    """Fails if the spans of an evaluation are not those of a walk through the files, or the chosen
+    ones not those that predict most, evenly spaced."""
+    stride = min(stride, T)
+    walk = []
+    for file, length in enumerate(lengths):
+        first = 1
+        begin = 0
+        while first < length:
+            end = min(begin + T + 1, length)
+            walk.append([file, begin, first, end])
+            first = end
+            begin += stride
+    data = SimpleNamespace(block_size=T, files=[range(n) for n in lengths])
+    assert loader.TokenDataset.spans(data, stride).tolist() == walk
+    full = [row for row in walk if row[3] - row[2] >= stride]
+    if full:
+        at = np.linspace(0, len(full) - 1, min(len(full), samples)).astype(int)
+        chosen = loader.TokenDataset.spans(data, stride, samples)
+        assert chosen.tolist() == [full[i] for i in at]
+
+
 # --------------------------------------------------------------------------------------------------
 # FineWeb's shards
 
@@ -3297,6 +3357,15 @@ def test_all_modes_over_50_steps(data, tmp_path, name, changes):
         print(f"{name}, {mode} on {ranks}: {agree(out, tmp_path / '1'):.1e} at 50 steps")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, ranks", [([], 0), ([], 2), (["--fsdp"], 2)])
+def test_compiled_runs(data, tmp_path, alone, mode, ranks):
+    """Fails if a mode computes other losses when its blocks are compiled. Needs a C++ compiler."""
+    run("train", *flags(dataset=data, out_dir=tmp_path, compile=True), *mode, ranks=ranks,
+        timeout=300)
+    print(f"{mode} on {ranks or 1}: {agree(tmp_path, alone / 'plain'):.1e} at 9 steps")
+
+
 def torchrun(*argv, hook="", nproc=2, options=("--standalone",), tmp):
     """Start torchrun on train.py, in each process of which `hook` is run first."""
     script = HERE / "train.py"
@@ -3421,6 +3490,70 @@ def watch_memory(folder):
     watch = threading.Thread(target=lambda: [look() for _ in iter(lambda: time.sleep(0.002), 0)])
     watch.daemon = True
     watch.start()
+
+
+def peak_of_a_step(folder):
+    """Write down by how much this process grows from before the model is built to the peak of a
+    step. The pages of mapped files (torch's own code) do not count."""
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)                       # give back at once what is freed
+    train.prepare_device = lambda device: None                   # which would keep it
+
+    def status(name):
+        found = re.search(rf"{name}:\s+(\d+)", pathlib.Path("/proc/self/status").read_text())
+        return int(found[1]) * 1024
+    build = train.build_model
+    gradients = train.Trainer.gradients
+    update = train.Trainer.update
+    before = 0
+
+    def built(*args):
+        nonlocal before
+        before = status("RssAnon")
+        return build(*args)
+
+    def begin(trainer):
+        pathlib.Path("/proc/self/clear_refs").write_text("5")    # the peak counts from here
+        return gradients(trainer)
+
+    def end(trainer):
+        update(trainer)
+        grown = status("VmHWM") - status("RssFile") - status("RssShmem") - before
+        pathlib.Path(folder, os.environ.get("RANK", "0")).write_text(str(grown))
+    train.build_model = built
+    train.Trainer.gradients = begin
+    train.Trainer.update = end
+
+
+def simulated_peak(mode, processes, config, flags):
+    """The peak of a step by .github/scale.py."""
+    spec = importlib.util.spec_from_file_location("scale", HERE / ".github/scale.py")
+    scale = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(scale)
+    return scale.simulate(mode, processes, config, **flags)["peak"]
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, processes, muon", [
+    ("single", 1, False), ("DDP", 2, False), ("DDP", 4, False), ("FSDP", 2, False),
+    ("FSDP", 4, False), ("single", 1, True)])
+def test_simulated_memory(data, tmp_path, mode, processes, muon):
+    """Fails if the simulated peak of a step is not within 10 % of what real processes grow by, so
+    also if DDP or FSDP keep a second copy of the gradients while these accumulate."""
+    shape = dict(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=16000)
+    how = dict(batch_size=4, gradient_accumulation_steps=2 * processes, muon=muon)
+    argv = flags(dataset=data, out_dir=tmp_path / "out", max_iters=2, eval_interval=2, eval_iters=1,
+                 always_save_checkpoint=False, **shape, **how)
+    run("train", *argv, f"--fsdp={mode == 'FSDP'}", ranks=0 if mode == "single" else processes,
+        before=partial(peak_of_a_step, tmp_path), timeout=300)
+    with ProcessPoolExecutor(1, mp_context=FORKS) as pool:
+        job = pool.submit(simulated_peak, mode, processes, GPT2Config(**shape), how)
+        simulated = job.result()
+    real = [int((tmp_path / str(rank)).read_text()) for rank in range(processes)]
+    print(f"{mode} on {processes}, muon={muon}: {max(real) / 1e6:.0f} MB, simulated "
+          f"{simulated / 1e6:.0f} MB")
+    for grown in real:
+        assert grown == pytest.approx(simulated, rel=0.1)
 
 
 @needs_linux

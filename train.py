@@ -1241,17 +1241,6 @@ def orthogonal(matrices):
 # Evaluation
 
 
-def choose_spans(data, samples, stride):
-    """Rows of data.spans: all of them if samples is 0, else so many that predict `stride` tokens,
-    evenly spaced."""
-    spans = data.spans(stride)
-    if samples == 0:
-        return spans
-    full = spans[spans[:, 3] - spans[:, 2] >= stride]
-    chosen = np.linspace(0, len(full) - 1, min(len(full), samples))
-    return full[chosen.astype(int)]
-
-
 @torch.no_grad()
 def evaluate(trainer, data, spans, progress=None):
     """Mean loss in nats over the tokens that the spans predict. The processes share the work."""
@@ -1301,7 +1290,7 @@ def evaluate_only(trainer, tokenizer):
     if stride > data.block_size:
         raise UsageError(f"--eval_stride={stride} is more than block_size={data.block_size}: "
                          "tokens in between would be left out")
-    spans = choose_spans(data, run.eval_iters * run.batch_size, stride)
+    spans = data.spans(stride, run.eval_iters * run.batch_size)
     announce("samples", f"{len(spans):,} of {len(data.spans(stride)):,}, {stride} tokens apart; "
                         "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
                         f"given at least {data.block_size - stride + 1} tokens of context")
@@ -1478,7 +1467,8 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.run, self.state.step)
             self.scaler.step(optimizer)
-            optimizer.zero_grad(set_to_none=True)
+            # DDP keeps gradients in its buckets; new ones would be a second copy.
+            optimizer.zero_grad(set_to_none=self.net is self.model)
         self.scaler.update()
         self.state.step += 1
         self.state.samples += self.samples_per_step
@@ -1575,7 +1565,7 @@ def evaluate_and_save(trainer, log, save):
     state = trainer.state
     losses = {}
     for split, data in trainer.splits.items():
-        spans = choose_spans(data, run.eval_iters * run.batch_size, data.block_size)
+        spans = data.spans(data.block_size, run.eval_iters * run.batch_size)
         losses[f"{split}_loss"] = evaluate(trainer, data, spans)
     if not all(map(math.isfinite, losses.values())):
         raise not_finite(trainer, f"the evaluated loss after step {state.step}",

@@ -15,6 +15,7 @@ from data import DATA
 
 ITEMS = "items.json"                                             # marks data to compare models with
 SHARD_MAGIC = 20240520                                           # of llm.c's files of GPT-2 tokens
+PIECE = 1 << 22                                                  # samples that are shuffled at once
 
 
 def find_data(name):
@@ -175,21 +176,26 @@ class TokenDataset(Dataset):
             ids[self.masks[file][start:end] == 0] = -1
         return ids
 
-    def spans(self, stride):
-        """What an evaluation of all tokens reads: rows (file, begin, first, end), `stride` apart.
-        A row reads tokens[begin:end] of a file, at most block_size + 1, and predicts
-        tokens[first:end], those that the row before did not reach. Together the rows predict every
-        token but a file's first, once."""
-        rows = []
-        for file, tokens in enumerate(self.files):
-            first = 1
-            begin = 0
-            while first < len(tokens):
-                end = min(begin + self.block_size + 1, len(tokens))
-                rows.append((file, begin, first, end))
-                first = end
-                begin += stride
-        return np.array(rows)
+    def spans(self, stride, samples=0):
+        """What an evaluation reads: rows (file, begin, first, end), `stride` apart. A row reads
+        tokens[begin:end] of a file, at most block_size + 1, and predicts tokens[first:end], those
+        that the row before did not reach. Together all rows predict every token but a file's first,
+        once. samples: only so many of those that predict `stride` tokens, evenly spaced."""
+        T = self.block_size
+        lengths = np.array([len(file) for file in self.files])
+        steps = lengths - T - 1                                  # tokens beyond a file's first row
+        if samples:
+            counts = np.where(steps < 0, lengths > stride, 1 + steps // stride)
+            chosen = np.linspace(0, counts.sum() - 1, min(counts.sum(), samples)).astype(int)
+        else:
+            counts = np.where(lengths > 1, 1 + np.maximum(0, -(-steps // stride)), 0)
+            chosen = np.arange(counts.sum())
+        ends = np.cumsum(counts)
+        file = np.searchsorted(ends, chosen, side="right")
+        begin = (chosen - (ends - counts)[file]) * stride
+        end = np.minimum(begin + T + 1, lengths[file])
+        first = np.where(begin == 0, 1, begin - stride + T + 1)
+        return np.stack((file, begin, first, end), axis=1)
 
     def fingerprint(self):
         """A text that differs between data sets, from the sizes and a sample of the tokens."""
@@ -205,14 +211,17 @@ class EndlessSampler(DistributedSampler):
 
     The shuffled epochs form one endless sequence of samples, of which process r of R reads every
     R-th. So a step reads the same samples for any R, each sample comes once an epoch, and the
-    position is one number: the samples consumed, by all processes together. With several files, the
-    files are shuffled, and then the samples within each: reads stay local, and memory small.
+    position is one number: the samples consumed, by all processes together. With several files, or
+    one of more than PIECE samples, these are shuffled, and then the samples within each: reads stay
+    local, memory small, and a resume skips what lies before it.
     """
 
     def __init__(self, dataset, rank, world_size, seed, consumed=0):
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed)
         self.consumed = consumed
-        self.ends = [0, *map(int, dataset.ends)]
+        self.ends = [0]                                          # of the pieces
+        for end in map(int, dataset.ends):
+            self.ends += [*range(self.ends[-1] + PIECE, end, PIECE), end]
 
     def __len__(self):
         raise TypeError("an EndlessSampler has no length")
@@ -221,20 +230,25 @@ class EndlessSampler(DistributedSampler):
         position = self.consumed // len(self.dataset) * len(self.dataset)
         while True:
             self.set_epoch(position // len(self.dataset))
-            generator = torch.Generator().manual_seed(self.seed + self.epoch)
-            for file in self.shuffled_files(generator):
-                first = self.ends[file]
-                samples = self.ends[file + 1] - first
-                order = first + torch.randperm(samples, generator=generator).numpy()
-                # Position p of the line belongs to process p % R.
-                start = max(self.consumed - position, 0)
-                start += (self.rank - position - start) % self.num_replicas
-                for i in order[start::self.num_replicas]:
-                    yield int(i)
+            for piece, generator in self.shuffled_pieces():
+                first = self.ends[piece]
+                samples = self.ends[piece + 1] - first
+                if position + samples > self.consumed:
+                    order = first + torch.randperm(samples, generator=generator).numpy()
+                    # Position p of the line belongs to process p % R.
+                    start = max(self.consumed - position, 0)
+                    start += (self.rank - position - start) % self.num_replicas
+                    for i in order[start::self.num_replicas]:
+                        yield int(i)
                 position += samples
 
-    def shuffled_files(self, generator):
-        files = len(self.ends) - 1
-        if files == 1:
-            return [0]                                           # draws nothing, as torch's sampler
-        return torch.randperm(files, generator=generator).tolist()
+    def shuffled_pieces(self):
+        """Yield each piece and the generator that shuffles it."""
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        pieces = len(self.ends) - 1
+        if pieces == 1:
+            yield 0, generator                                   # as torch's sampler
+            return
+        seeds = torch.randint(2**62, (pieces,), generator=generator).tolist()
+        for piece in torch.randperm(pieces, generator=generator).tolist():
+            yield piece, torch.Generator().manual_seed(seeds[piece])
