@@ -451,13 +451,16 @@ def set_sync(net, last):
 store = None                                     # set by `open_store`
 
 
+MAIN_FIRST = 2                                   # seconds that the others wait in `report`
+
+
 def report(message):
     """Print an error unless another process has printed one. The main process goes first: if it
     fails too, torchrun ends the others while they wait."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     first = is_main()
     if not first:
-        time.sleep(2)
+        time.sleep(MAIN_FIRST)
     if store is not None:
         with contextlib.suppress(RuntimeError, OSError):         # it ended with process 0
             restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "")
