@@ -1072,8 +1072,9 @@ def edit_config(folder, **changes):
 @torch.no_grad()
 @pytest.mark.parametrize("shape", [
     dict(n_layer=2, n_head=12, n_embd=768), dict(n_layer=2, n_head=12, n_embd=768, quiet=True),
-    dict(n_layer=1, n_head=16, n_embd=1024), dict(n_layer=1, n_head=20, n_embd=1280),
-    dict(n_layer=1, n_head=25, n_embd=1600)],
+    dict(n_layer=1, n_head=16, n_embd=1024),
+    pytest.param(dict(n_layer=1, n_head=20, n_embd=1280), marks=pytest.mark.slow),
+    pytest.param(dict(n_layer=1, n_head=25, n_embd=1600), marks=pytest.mark.slow)],
     ids=["gpt2", "gpt2-quiet", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_logits_equal_transformers(tmp_path, shape):
     """Fails if GELU, an epsilon, a layout or the heads' order is not GPT-2's, in or out."""
@@ -1965,6 +1966,7 @@ def less_room(size, **env):
     files_up_to(size)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_during_a_download(hub, tmp_path):
     """Fails if the file is not named, or if the bytes that came are downloaded again."""
     env = {name: os.environ[name] for name in ("HF_ENDPOINT", "HF_HOME")}
@@ -2874,8 +2876,8 @@ def test_evaluation_changes_nothing(data, straight, tmp_path):
 
 
 @pytest.mark.parametrize("mode, ranks", [
-    pytest.param([], 0, marks=pytest.mark.slow), pytest.param([], 2, marks=pytest.mark.slow),
-    (["--fsdp"], 2)])
+    ([], 0), pytest.param([], 2, marks=pytest.mark.slow),
+    pytest.param(["--fsdp"], 2, marks=pytest.mark.slow)])
 def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
     """Fails if a text draws a run's random numbers, is not the model's, is missing at the end or
     comes too often, or if a process takes no part."""
@@ -3960,7 +3962,7 @@ def every(*acts):
 
 
 @pytest.mark.parametrize("act, all_moments", [
-    *every("kill", "full"), pytest.param("sealed", True, marks=pytest.mark.slow)])
+    *every("kill"), *(pytest.param(act, True, marks=pytest.mark.slow) for act in ("full", "sealed"))])
 def test_no_save_loses_anything(straight, tmp_path, capsys, disk_calls, exports, act, all_moments):
     """Fails if there is a moment in a save at which a kill, or a disk that is full or read-only,
     leaves a run that cannot be resumed to the same bits, or a model of two steps."""
