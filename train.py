@@ -1294,9 +1294,10 @@ def evaluate_only(trainer, tokenizer):
         raise UsageError(f"--eval_stride={stride} is more than block_size={data.block_size}: "
                          "tokens in between would be left out")
     spans = data.spans(stride, run.eval_iters * run.batch_size)
-    announce("samples", f"{len(spans):,} of {len(data.spans(stride)):,}, {stride} tokens apart; "
-                        "--eval_iters=0 takes all. Beyond the first sample of a file, a token is "
-                        f"given at least {data.block_size - stride + 1} tokens of context")
+    every = data.span_counts(stride).sum()
+    announce("samples", f"{len(spans):,} of {every:,}, {stride} tokens apart; --eval_iters=0 takes "
+                        "all. Beyond the first sample of a file, a token is given at least "
+                        f"{data.block_size - stride + 1} tokens of context")
     loss = evaluate(trainer, data, spans, Progress("evaluation", "samples", 1))
     predicted = [ids[ids >= 0] for ids in (data.targets(file, first, end)
                                            for file, _, first, end in spans)]

@@ -157,8 +157,10 @@ class TokenDataset(Dataset):
             file = int(np.searchsorted(self.ends, i, side="right"))
             first = int(self.ends[file - 1]) if file else 0
             start = (i - first) * T
-            x[row] = self.read(file, start, start + T)
-            y[row] = self.targets(file, start + 1, start + T + 1)
+            ids = self.read(file, start, start + T + 1)
+            x[row] = ids[:-1]
+            y[row] = ids[1:]
+            self.hide(y[row], file, start + 1)
         return torch.from_numpy(x), torch.from_numpy(y)
 
     def read(self, file, start, end):
@@ -172,9 +174,20 @@ class TokenDataset(Dataset):
     def targets(self, file, start, end):
         """Tokens start to end of a file, int64: -1 in place of those not to be predicted."""
         ids = self.read(file, start, end).astype(np.int64)
-        if self.masks[file] is not None:
-            ids[self.masks[file][start:end] == 0] = -1
+        self.hide(ids, file, start)
         return ids
+
+    def hide(self, ids, file, start):
+        """Replace by -1, in place, those of a file's tokens from `start` that are not to be
+        predicted."""
+        if self.masks[file] is not None:
+            ids[self.masks[file][start:start + len(ids)] == 0] = -1
+
+    def span_counts(self, stride):
+        """The number of rows of `spans` in each file."""
+        lengths = np.array([len(file) for file in self.files])
+        steps = lengths - self.block_size - 1                    # tokens beyond a file's first row
+        return np.where(lengths > 1, 1 + np.maximum(0, -(-steps // stride)), 0)
 
     def spans(self, stride, samples=0):
         """What an evaluation reads: rows (file, begin, first, end), `stride` apart. A row reads
@@ -183,12 +196,12 @@ class TokenDataset(Dataset):
         once. samples: only so many of those that predict `stride` tokens, evenly spaced."""
         T = self.block_size
         lengths = np.array([len(file) for file in self.files])
-        steps = lengths - T - 1                                  # tokens beyond a file's first row
         if samples:
+            steps = lengths - T - 1
             counts = np.where(steps < 0, lengths > stride, 1 + steps // stride)
             chosen = np.linspace(0, counts.sum() - 1, min(counts.sum(), samples)).astype(int)
         else:
-            counts = np.where(lengths > 1, 1 + np.maximum(0, -(-steps // stride)), 0)
+            counts = self.span_counts(stride)
             chosen = np.arange(counts.sum())
         ends = np.cumsum(counts)
         file = np.searchsorted(ends, chosen, side="right")
