@@ -175,6 +175,8 @@ def child(script, argv, env, folder, log, before):
     for number, path in ((0, os.devnull), (1, log + ".out"), (2, log + ".err")):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
     sys.stdin = open(0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # nohup and a shell's & ignore them
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.update(env)
     os.chdir(folder)
     sys.argv = [script + ".py", *argv]
