@@ -333,7 +333,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, rotary=None, cache=None):
         qkv = self.c_attn(x)                                     # (B, T, C + 2·K·D)
         dtype = qkv.dtype
-        if qkv.device.type == "cpu" and dtype.itemsize == 2:     # torch's attention is slow in half
+        if on_cpu(qkv) and dtype.itemsize == 2:     # torch's attention is slow in half
             qkv = qkv.float()                                    # precision on a CPU
         q, k, v = (self.split_heads(part) for part in qkv.split(self.sizes, dim=-1))
         y = self.head(q, k, v, rotary, cache)                    # (B, H, T, D)
@@ -610,7 +610,7 @@ class GPT2(nn.Module):
         only the most likely tokens that together reach this probability (nucleus sampling,
         arXiv 1904.09751). use_cache: keep keys and values; without it the same tokens take longer.
         generator: a torch.Generator on the model's device. rest: (B, R) ids with which the texts
-        begin, and -1 from where a text goes on by itself: so texts of several lengths run together.
+        begin, then -1 where the model continues a text: so texts of several lengths run together.
 
         With rope and sliding_window a text has no length limit. Otherwise, when it reaches
         block_size, the model continues from its last block_size/2 tokens.
@@ -777,6 +777,11 @@ def choose_compile(name, device):
     return True, "as given" if name == "True" else "it works here"
 
 
+def on_cpu(tensor):
+    """Whether the fast paths of a CPU serve this tensor."""
+    return tensor.device.type == "cpu"
+
+
 # --------------------------------------------------------------------------------------------------
 # Fast paths: each computes the line of torch that its docstring shows
 
@@ -789,7 +794,7 @@ def linear(x, weight, bias=None):
     """
     few = x.numel() <= 32 * x.size(-1)
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32
-    if few and not plain and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if few and not plain and on_cpu(x) and torch.backends.mkldnn.is_available():
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -881,7 +886,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         if keep_gradients:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros_like(weight)
-        numbers = 1 << (24 if x.device.type == "cpu" else 27)    # logits held at a time
+        numbers = 1 << (24 if on_cpu(x) else 27)                 # logits held at a time
         rows = max(1, numbers // weight.size(0))
         for at in range(0, len(x), rows):
             part = x[at:at + rows]
@@ -935,7 +940,8 @@ class Int8(nn.Module):
 # --------------------------------------------------------------------------------------------------
 # Checkpoint format: a Hugging Face folder with config.json and model.safetensors. Where one of
 # transformers' architectures computes the same, `gpt2` or with rope `starcoder2`, it is written as
-# that one, and every tool opens it. Elsewhere it is a `gpt2-variant`, which other tools refuse.
+# that one, and every tool opens it. Elsewhere it is a `gpt2-variant`, which other tools refuse. A
+# fourth architecture, `nanogpt`, is only read.
 
 HUB = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
        "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
@@ -992,8 +998,8 @@ def fixed_fields(config, architecture):
 
 
 def config_to_json(config, end_of_text=None):
-    """The content of Hugging Face's config.json. What the architecture's own fields do not say
-    about the model stands beside them, in gpt2_flags."""
+    """The content of Hugging Face's config.json. The field gpt2_flags holds what the architecture's
+    own fields do not say about the model."""
     architecture = choose_architecture(config)
     classes = {"gpt2": "GPT2LMHeadModel", "starcoder2": "Starcoder2ForCausalLM"}
     dropouts = ("embd_pdrop", "attn_pdrop", "resid_pdrop")
@@ -1268,7 +1274,7 @@ def narrow(stored, config, name, wide):
     elif "c_attn" in name and stored.kv_heads > config.kv_heads:
         rows = rows_of_heads(config)
         tensor = wide.new_empty(rows.max() + 1, *wide.shape[1:])
-        tensor[rows] = wide
+        tensor[rows] = wide                                      # of the copies of a head, any one
         same = torch.equal(tensor[rows], wide)
     if not same:
         raise ValueError(f"{name} contradicts the gpt2_flags in config.json: other software has "

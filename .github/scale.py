@@ -42,7 +42,7 @@ from torch.utils._pytree import tree_leaves  # noqa: E402
 
 import model as model_py  # noqa: E402
 import train  # noqa: E402
-from model import SIZES, GPT2Config  # noqa: E402
+from model import GPT2, SIZES, GPT2Config  # noqa: E402
 
 MACHINE = 8                                                      # processes of one
 MODES = {"single": [1], "DDP": [8, 64, 512], "FSDP": [8, 64, 512], "HSDP": [64, 512]}
@@ -115,17 +115,7 @@ def sum_bytes(tensors):
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def as_on_a_gpu():
-    """model.py's GPT2, in which tensors on the CPU take the branches of a GPU. (PyTorch without
-    CUDA computes no gradients of fake tensors on a GPU.)"""
-    with open(model_py.__file__, encoding="utf-8") as f:
-        source = f.read()
-    names = dict(vars(model_py))
-    exec(source.replace('device.type == "cpu"', "is_meta"), names)
-    return names["GPT2"]
-
-
-def simulate(mode, processes, config, GPT2=model_py.GPT2, dtype=torch.float32, **flags):
+def simulate(mode, processes, config, dtype=torch.float32, **flags):
     """Run two steps of process 0 -> {what: bytes}, of the second one. mode: a key of MODES."""
     local = min(processes, MACHINE)
     if mode != "single":
@@ -141,7 +131,7 @@ def simulate(mode, processes, config, GPT2=model_py.GPT2, dtype=torch.float32, *
         with (mock.patch.multiple(ddp, _verify_param_shape_across_processes=mock.DEFAULT,
                                   _sync_module_states=mock.DEFAULT),
               FakeTensorMode(), Watch() as watch):
-            trainer = Trainer(run, config, GPT2, device, dtype)
+            trainer = Trainer(run, config, device, dtype)
             return trainer.measure(watch)
     finally:
         if mode != "single":
@@ -154,7 +144,7 @@ def simulate(mode, processes, config, GPT2=model_py.GPT2, dtype=torch.float32, *
 class Trainer(train.Trainer):
     """train.py's, without data."""
 
-    def __init__(self, run, config, GPT2, device, dtype):
+    def __init__(self, run, config, device, dtype):
         if run.fsdp:
             with torch.device("meta"):
                 model = GPT2(config)
@@ -253,7 +243,8 @@ def main():
     whole = "--whole" in sys.argv[1:]
     if set(sys.argv[1:]) - {*SIZES, "--muon", "--whole"}:
         sys.exit(__doc__)
-    GPT2 = as_on_a_gpu()
+    # PyTorch without CUDA computes no gradients of fake tensors on a GPU: they are on the CPU.
+    model_py.on_cpu = lambda tensor: False
     largest = {}
     table(["size", "mode", "processes", "weights", "gradients", "optimizer", "forward", "peak",
            "forward, grad_checkpoint", "peak, grad_checkpoint", "sent a step"])
@@ -261,7 +252,7 @@ def main():
         config = GPT2Config(**SIZES[size])
         for mode, counts in MODES.items():
             for processes in counts:
-                both = [on_a_line(whole, mode, processes, config, GPT2, torch.bfloat16, muon=muon,
+                both = [on_a_line(whole, mode, processes, config, torch.bfloat16, muon=muon,
                                   grad_checkpoint=on) for on in (False, True)]
                 show(size, mode, processes, *both)
                 for card, capacity in CARDS.items():
