@@ -23,7 +23,6 @@ import os
 import shlex
 import shutil
 import signal
-import statistics
 import sys
 import textwrap
 import time
@@ -125,6 +124,7 @@ RUN = {f.name: f for f in fields(Run)}
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 # The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
 STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150, sample_interval=400)
+DEFAULTS = {**SCRATCH, **STDLIB}                                 # what --help shows
 # GPT-2 on 5 billion tokens, 524,288 a step: with --size and --dataset=fineweb or fineweb_edu. After
 # modded-nanogpt's second record (AdamW, rotary positions, this rate): a loss of 3.28 with 124M.
 FINEWEB = dict(batch_size=16, gradient_accumulation_steps=32, max_iters=9536, learning_rate=1.8e-3,
@@ -143,8 +143,7 @@ OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a num
 
 if __name__ == "__main__" and "--help" in sys.argv:              # before torch: it takes seconds
     SHAPE = flags_in_source(__file__.replace("train.py", "model.py"), "GPT2Config")
-    run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults={**SCRATCH, **STDLIB}),
-             OUT_OF_MEMORY)
+    run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults=DEFAULTS), OUT_OF_MEMORY)
 
 # Else torch's C++ logs stack traces where a process ends while others still talk to it.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -186,7 +185,7 @@ SHAPE = {f.name: f for f in fields(GPT2Config)}
 
 def parse_command_line():
     """-> {name: value} of the flags that were typed. Raises UsageError for those without effect."""
-    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE}, defaults={**SCRATCH, **STDLIB})
+    typed, _ = parse_flags(__doc__, {**RUN, **SHAPE}, defaults=DEFAULTS)
     if "plot" in typed:
         refuse(typed, typed.keys() - {"plot", "out_dir"}, "has no effect with --plot")
     if not typed.get("decay_lr", True):
@@ -254,13 +253,7 @@ def resolve(typed):
     saved = {}
     recipe = FINETUNE
     if source == "scratch":
-        recipe = dict(SCRATCH)
-        if asked.size:
-            recipe.update(SIZES[asked.size], block_size=1024)
-            if asked.dataset in ("fineweb", "fineweb_edu"):
-                recipe.update(FINEWEB)
-        elif asked.dataset == Run.dataset and typed.get("muon", True):
-            recipe.update(STDLIB)
+        recipe = scratch_recipe(asked.size, asked.dataset, typed.get("muon", True))
         if asked.eval_only:
             raise UsageError("--eval_only would measure random weights: add --init_from=resume, "
                              f"{SOURCES}")
@@ -280,6 +273,18 @@ def resolve(typed):
     if not run.eval_only:
         check_accumulation(run)
     return run, shape, checkpoint
+
+
+def scratch_recipe(size, dataset, muon):
+    """The recipe of a run from scratch. muon: False if it must do without."""
+    if size:
+        recipe = {**SCRATCH, **SIZES[size], "block_size": 1024}
+        if dataset in ("fineweb", "fineweb_edu"):
+            recipe.update(FINEWEB)
+        return recipe
+    if dataset == Run.dataset and muon:
+        return {**SCRATCH, **STDLIB}
+    return SCRATCH
 
 
 def check_contradictions(typed, saved, out_dir):
@@ -449,8 +454,6 @@ def set_sync(net, last):
 
 
 store = None                                     # set by `open_store`
-
-
 MAIN_FIRST = 2                                   # seconds that the others wait in `report`
 
 
@@ -625,6 +628,7 @@ class Checkpoint:
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
+            # It keeps the same for all matrices, and for all vectors.
             kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
             if len(kept) > len({p.dim() for p in ordered}):
                 raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
@@ -709,7 +713,7 @@ def save_export(trainer, tokenizer):
     if not is_main():
         return exhaust(whole)
     write_pretrained(trainer.run.out_dir, trainer.config, whole, tokenizer,
-                {"step": str(trainer.state.step)})
+                     {"step": str(trainer.state.step)})
 
 
 def exhaust(tensors):
@@ -832,17 +836,16 @@ class Log:
 
     def report_spike(self, trainer, loss):
         """Tell, once in a run, that a loss is far above the 100 before it."""
-        usual = self.recent
-        if len(usual) == usual.maxlen and not self.spiked:
-            mean = statistics.mean(usual)
-            deviation = statistics.stdev(usual)
+        if len(self.recent) == self.recent.maxlen and not self.spiked:
+            mean = np.mean(self.recent)
+            deviation = np.std(self.recent, ddof=1)
             if loss > mean + 10 * deviation:
                 self.spiked = True
                 self.line(f"!!! step {trainer.state.step:,}: the loss rose to {loss:.4f}; the 100 "
                           f"steps before it had {mean:.4f} ± {deviation:.4f}. If it does not fall "
                           "again, stop and resume with a lower --learning_rate. "
                           f"{last_checkpoint(trainer)}")
-        usual.append(loss)
+        self.recent.append(loss)
 
     def line(self, text, stay=True):
         """In a terminal each line overwrites the last until stay=True; a log file gets only lines
@@ -1221,7 +1224,7 @@ def share_work(parameters):
     for p in sorted(parameters, key=torch.numel, reverse=True):
         owners[p] = work.index(min(work))
         work[owners[p]] += p.numel() * min(p.shape)
-    return {p: owners[p] for p in parameters}
+    return owners
 
 
 def orthogonal(matrices):
@@ -1244,26 +1247,31 @@ def orthogonal(matrices):
 # Evaluation
 
 
+def share_batches(items, batch_size, progress=None):
+    """Yield (a batch of this process's share of items, how many of it count). Under FSDP every
+    process takes part in every forward pass: one with nothing left to do gets items[:1] and 0."""
+    mine = items[rank()::world_size()]
+    for start in range(0, math.ceil(len(items) / world_size()), batch_size):
+        batch = mine[start:start + batch_size]
+        yield (batch if len(batch) else items[:1]), len(batch)
+        if progress and is_main():
+            progress.show(min((start + batch_size) * world_size(), len(items)), len(items))
+
+
 @torch.no_grad()
 def evaluate(trainer, data, spans, progress=None):
     """Mean loss in nats over the tokens that the spans predict. The processes share the work."""
     model = trainer.model
-    batch_size = trainer.run.batch_size
-    mine = spans[rank()::world_size()]
     nats = 0.0
     tokens = 0
     model.eval()
-    for start in range(0, math.ceil(len(spans) / world_size()), batch_size):
-        rows = mine[start:start + batch_size]
-        # Under FSDP every process takes part in every forward pass, even with nothing left to do.
-        x, y = read_spans(data, rows if len(rows) else spans[:1])
+    for rows, counting in share_batches(spans, trainer.run.batch_size, progress):
+        x, y = read_spans(data, rows)
         with trainer.context:
             _, loss = model(x.to(trainer.device), y.to(trainer.device))
-        count = int((y[:len(rows)] >= 0).sum())
+        count = int((y[:counting] >= 0).sum())
         nats = nats + loss.float() * count
         tokens += count
-        if progress and is_main():
-            progress.show(min((start + batch_size) * world_size(), len(spans)), len(spans))
     model.train()
     if trainer.run.fsdp:
         model.reshard()                                          # forward left the root gathered
@@ -1318,13 +1326,9 @@ def score(trainer, data, spans, progress):
     lengths = spans[:, 3] - spans[:, 1] - 1
     order = np.argsort(-lengths, kind="stable")                  # similar lengths share a batch
     batch_size = trainer.run.batch_size * max(1, data.block_size // int(lengths.max()))
-    mine = order[rank()::world_size()]
     scores = np.zeros((2, len(spans)))
     model.eval()
-    for start in range(0, math.ceil(len(spans) / world_size()), batch_size):
-        chosen = mine[start:start + batch_size]
-        # Under FSDP every process takes part in every forward pass, even with nothing left to do.
-        rows = chosen if len(chosen) else order[:1]
+    for rows, counting in share_batches(order, batch_size, progress):
         x, y = (t[:, :lengths[rows].max()] for t in read_spans(data, spans[rows]))
         x = x.to(trainer.device)
         y = y.to(trainer.device)
@@ -1334,10 +1338,9 @@ def score(trainer, data, spans, progress):
         losses = F.cross_entropy(logits.float(), y[counted], reduction="none")
         nats = torch.zeros(y.shape, device=y.device).masked_scatter(counted, losses)
         missed = torch.zeros_like(counted).masked_scatter(counted, logits.argmax(1) != y[counted])
-        scores[0, chosen] = nats.sum(1)[:len(chosen)].cpu()
-        scores[1, chosen] = ~missed.any(1)[:len(chosen)].cpu()
-        if is_main():
-            progress.show(min((start + batch_size) * world_size(), len(spans)), len(spans))
+        chosen = rows[:counting]
+        scores[0, chosen] = nats.sum(1)[:counting].cpu()
+        scores[1, chosen] = ~missed.any(1)[:counting].cpu()
     if trainer.run.fsdp:
         model.reshard()
     return sum(gather(scores))
