@@ -406,7 +406,7 @@ def test_config_comes_back_from_json(flags):
     (dict(sliding_window=True, window_size=17), "window_size=17 block_size=16"),
 ], ids=lambda x: str(x) if isinstance(x, dict) else "")
 def test_contradictions_are_refused(wrong, words):
-    """Fails if a wrong value is accepted, or refused without the value, the limit and the cure."""
+    """Fails if a wrong value is accepted, or refused without the value, the limit and advice."""
     with pytest.raises(ValueError) as e:
         small_config(**wrong)
     for word in words.split():
@@ -810,7 +810,7 @@ def test_the_file_stands_alone(tmp_path):
 @every_flag_setting
 def test_cache_changes_no_token(flags):
     """Fails if a cache is one off, overwrites what is still seen, or turns keys twice, or a text
-    past block_size is read anew from another place."""
+    past block_size is read again from another place."""
     model = small_model(**flags)
     seen = set()
     for length, how in ((1, dict(temperature=0)), (6, dict(top_k=20, top_p=0.95)), (19, {})):
@@ -843,11 +843,11 @@ def test_endless_text(monkeypatch):
 
 @pytest.mark.parametrize("flags", [{}, dict(rope=True), dict(sliding_window=True)], ids=setting_id)
 def test_text_past_block_size_is_read_anew(flags):
-    """Fails if a text is read anew from elsewhere than the last half of block_size."""
+    """Fails if a text is read again from elsewhere than the last half of block_size."""
     model = small_model(**flags)
     text = model.generate(tokens(1, 19), 12, temperature=0)
     for n in range(19, 31):
-        start = 11 if n <= 27 else 20                            # read anew at 19 and 28 tokens
+        start = 11 if n <= 27 else 20                            # read again at 19, 28 tokens
         assert text[0, n] == model(text[:, start:n])[0][0, -1].argmax()
 
 
@@ -876,7 +876,7 @@ def test_ties_do_not_widen_top_k():
 
 
 def test_generate_stops_each_text_by_itself():
-    """Fails if a text goes on after its stop token, or is stopped by its neighbour's."""
+    """Fails if a text continues after its stop token, or is stopped by its neighbour's."""
     model = small_model()
     idx = tokens(2, 3)
 
@@ -897,7 +897,7 @@ def test_generate_stops_each_text_by_itself():
 @every_flag_setting
 def test_texts_of_several_lengths(flags):
     """Fails if a text in a batch is written otherwise than alone: shifted, seeing its neighbours,
-    read anew elsewhere, stopped by its own prompt or not at all."""
+    read again elsewhere, stopped by its own prompt or not at all."""
     model = small_model(**flags)
     texts = [tokens(n, seed=n) for n in (3, 11, 1, 19)]
     alone = [model.generate(text, 7, temperature=0)[0] for text in texts]
@@ -1349,8 +1349,8 @@ class NanoGPT(torch.nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("bias, prefix", [(True, ""), (False, "_orig_mod.")])
 def test_nanogpt_checkpoints(tmp_path, monkeypatch, bias, prefix):
-    """Fails if a checkpoint of nanoGPT's is misread (but for its GELU, which is told), or code in
-    it runs."""
+    """Fails if a checkpoint of nanoGPT's is misread (but for its GELU, which a note names), or code
+    in it runs."""
     shape = dict(n_layer=2, n_head=6, n_embd=48, block_size=16, vocab_size=61, bias=bias)
     source = loud(GPT2(GPT2Config(**shape), seed=0), 6)
     tensors = {**source.state_dict(), "lm_head.weight": source.transformer.wte.weight}
@@ -1992,8 +1992,8 @@ def test_failures_that_pass_are_tried_again(hub, tmp_path, failures):
     (lambda data: bytes(len(data) + 1), False), (lambda data: data, False),
 ], ids=["other beginning", "other file", "longer", "complete"])
 def test_parts_of_another_file(hub, tmp_path, part, refused):
-    """Fails if a .part of another file gets the file's name or stays for ever, or a complete one is
-    refused."""
+    """Fails if a .part of another file gets the file's name or is never removed, or a complete one
+    is refused."""
     data = hub.files["model.safetensors"]
     (tmp_path / "x.part").write_bytes(part(data))
     if refused:
@@ -2992,7 +2992,7 @@ def test_stops_where_the_loss_is_not_finite(straight, tmp_path, eval_interval, w
 
 
 def test_a_rising_loss_is_told_once(tmp_path, capsys):
-    """Fails if a finite spike goes unnoticed, is told again, or if noise counts as one."""
+    """Fails if a finite spike goes unnoticed, is reported twice, or if noise counts as one."""
     log = train.Log(train.Run(out_dir=str(tmp_path)), None, 0, False)
     trainer = SimpleNamespace(state=train.State(), saved_step=50)
     losses = [3 + 0.1 * (-1) ** i for i in range(150)]           # mean 3, deviation 0.1
@@ -3637,7 +3637,7 @@ def test_ranks_that_see_other_things(data, tmp_path):
     ("train.bin", ["train.bin is half written"]), ("val.bin", ["there is no val.bin in set"])])
 def test_one_rank_fails(data, tmp_path, failing, file, words):
     """Fails if the reason is not the one line that is printed where only one process fails, or if
-    the other one waits for it for ever."""
+    the other one waits for it without end."""
     folders = [tmp_path / "0", tmp_path / "1"]
     for folder in folders:
         shutil.copytree(data, folder / "set")
@@ -3686,7 +3686,7 @@ def test_others_end_quietly(data, tmp_path, mode, dead):
 @both_modes
 @pytest.mark.parametrize("hook", ["at_step(5, signal.SIGKILL, '2')", "fails_at_once('2')"])
 def test_a_dead_rank_ends_the_run(data, tmp_path, mode, hook):
-    """Fails if the other ranks wait for a dead one for ever."""
+    """Fails if the other ranks wait for a dead one without end."""
     began = time.time()
     argv = flags(dataset=data, out_dir=tmp_path / "out")
     process = torchrun(*argv, *mode, hook=hook, nproc=4, tmp=tmp_path)
@@ -4300,7 +4300,7 @@ def test_a_data_set_on_another_disk(tmp_path, capsys):
 
 def test_special_files_and_links(tmp_path, capsys):
     """Fails if a FIFO in a folder hangs, a linked folder is left out or a circle of links is walked
-    for ever."""
+    without end."""
     folder = tmp_path / "in"
     folder.mkdir()
     os.mkfifo(folder / "pipe")
@@ -4602,7 +4602,7 @@ def generated(out, prompt, count, size, **how):
     (["--sliding_window", "--window_size=4"], "with a window of 4; fine-tune the model"),
     (["--rope"], "rope: the learned positions (wpe) are dropped; fine-tune"), ([], "")])
 def test_changed_weights_are_told(straight, tmp_path, capsys, argv, words):
-    """Fails if a change of the weights is not told, or one is told where there is none."""
+    """Fails if a change of the weights is not reported, or one is reported where there is none."""
     config = GPT2Config(n_layer=1, n_head=4, n_embd=32, block_size=32, vocab_size=50)
     GPT2(config).save_pretrained(tmp_path)
     shutil.copy(straight / "whole/meta.json", tmp_path)

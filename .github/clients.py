@@ -77,7 +77,7 @@ def harness_perplexity(folder, tokens):
 
 
 def write_random(like, folder):
-    """Write a model of the shape of another with large random weights, as a hardly trained one
+    """Write a model of the shape of another with large random weights: one trained for a few steps
     repeats one word -> the text of 100 greedy tokens."""
     model = GPT2(GPT2.from_pretrained(like).config, seed=0)
     torch.manual_seed(0)
