@@ -23,6 +23,7 @@ import os
 import pickle
 import re
 import sys
+import warnings
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -251,8 +252,8 @@ class KVCache:
         fits = end <= self.size and not new.requires_grad
         if T <= 1 or fits:
             at = start % self.size                               # replaces what left the window
-            kept[..., at:at + T, :] = new
-            return kept[..., :min(end, self.size), :]
+            kept.narrow(-2, at, T).copy_(new)
+            return kept.narrow(-2, 0, min(end, self.size))
         # The first new tokens still see keys that the last ones overwrite: read before writing.
         slots = torch.arange(max(0, start - self.size), end, device=new.device) % self.size
         both = torch.cat((kept[..., slots[:-T], :], new), dim=-2) if start else new
@@ -342,7 +343,7 @@ class MultiHeadAttention(nn.Module):
 
     def split_heads(self, x):
         """(B, T, H·D) -> (B, H, T, D)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -556,18 +557,14 @@ class GPT2(nn.Module):
         return self
 
     def to_int8(self):
-        """Round the matrices to int8 in place, for decoding on a CPU; the rest becomes bfloat16.
-        Raises ValueError for a width that is not a multiple of 16: torch's kernel would read
-        beyond the rows. Returns the model."""
-        if self.config.n_embd % 16:
-            raise ValueError(f"n_embd={self.config.n_embd} is not divisible by 16, which int8 "
-                             "needs: use bfloat16")
+        """Round the matrices to int8 in place, for decoding on an x86 CPU. The rest becomes
+        float32. Returns the model."""
         for module in list(self.modules()):
             for name, child in list(module.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(module, name, Int8(child.weight, child.bias))
-        self.transformer.wte = Int8(self.transformer.wte.weight)
-        return self.to(torch.bfloat16).requires_grad_(False)
+        self.transformer.wte = Int8(self.transformer.wte.weight, lookup=True)
+        return self.float().requires_grad_(False)
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  use_cache=True, generator=None, stop_token=None):
@@ -777,9 +774,18 @@ def choose_compile(name, device):
     return True, "as given" if name == "True" else "it works here"
 
 
+def multiplies(dtype):
+    """Whether this CPU multiplies matrices of this half-precision dtype other than in software."""
+    if not torch.backends.mkldnn.is_available():                 # not known: leave it to torch
+        return True
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
 def on_cpu(tensor):
     """Whether the fast paths of a CPU serve this tensor."""
-    return tensor.device.type == "cpu"
+    return tensor.is_cpu
 
 
 # --------------------------------------------------------------------------------------------------
@@ -789,14 +795,32 @@ def on_cpu(tensor):
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias).
 
-    For few vectors on a CPU, reading the weights takes all the time, and oneDNN reads them twice as
-    fast as MKL, which F.linear calls for float32.
+    For few vectors on a CPU, reading the weights takes all the time, and F.linear reads them with
+    one core. bmm gives every core blocks of their rows. For more than a few, a CPU that multiplies
+    half precision in software takes several times as long as in float32.
     """
-    few = x.numel() <= 32 * x.size(-1)
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or x.dtype != torch.float32
-    if few and not plain and on_cpu(x) and torch.backends.mkldnn.is_available():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    K = x.size(-1)
+    vectors = x.numel() // K
+    if not on_cpu(x):
+        return F.linear(x, weight, bias)
+    if x.dtype.itemsize == 2 and vectors > 8 and not multiplies(x.dtype):
+        bias = None if bias is None else bias.float()
+        return F.linear(x.float(), weight.float(), bias).to(x.dtype)
+    if x.dtype != torch.float32 or vectors > 32 or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    count = number_of_blocks(weight.size(0))
+    blocks = weight.view(count, -1, K).mT                        # (count, K, N / count)
+    rows = x.reshape(1, -1, K).expand(count, -1, -1)             # (count, vectors, K)
+    if bias is None:
+        y = torch.bmm(rows, blocks)
+    else:
+        y = torch.baddbmm(bias.view(count, 1, -1), rows, blocks)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+
+
+def number_of_blocks(rows):
+    """The largest divisor of `rows` up to 32."""
+    return next(count for count in range(32, 0, -1) if rows % count == 0)
 
 
 def attend_in_groups(attend, q, k, v, mask=None):
@@ -915,26 +939,43 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 class Int8(nn.Module):
-    """F.linear(x, weight, bias) or F.embedding(x, weight) with a weight (N, K) rounded to int8, one
-    scale a row. For decoding on a CPU: a quarter of the bytes to read."""
+    """F.linear(x, weight, bias) or F.embedding(x, weight) with integers, for decoding on an x86
+    CPU: a quarter of the bytes to read.
 
-    def __init__(self, weight, bias=None):
+    The weight (N, K) is rounded to -63 .. 63 and x to -127 .. 127, with one scale a row. FBGEMM's
+    kernel adds two neighbouring products in 16 bits; larger weights would overflow them.
+    """
+
+    def __init__(self, weight, bias=None, lookup=False):
         super().__init__()
         weight = weight.detach().float()
-        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
+        scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 63
         rounded = (weight / scale[:, None]).round().to(torch.int8)
-        self.register_buffer("weight", rounded.contiguous())
-        self.register_buffer("scale", scale.bfloat16())
+        self.packed = pack_int8(rounded, scale)
         self.bias = bias
+        if lookup:
+            self.register_buffer("weight", rounded)
+            self.register_buffer("scale", scale)
 
     def forward(self, x):
         if not x.is_floating_point():                            # token ids: rows of the embedding
             return self.weight[x] * self.scale[x][..., None]
-        y = torch._weight_int8pack_mm(x.flatten(0, -2).contiguous(), self.weight, self.scale)
-        y = y.view(*x.shape[:-1], -1)
-        if self.bias is not None:
-            y = y + self.bias
-        return y
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
+        y = multiply(x / scale, 1.0, 128, self.packed) * scale
+        return y if self.bias is None else y + self.bias
+
+
+def pack_int8(rounded, scale):
+    """The matrix rounded · scale in the layout of FBGEMM. Raises ValueError on another CPU."""
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise ValueError("int8 needs an x86 CPU: use bfloat16")
+    torch.backends.quantized.engine = "fbgemm"
+    zero = torch.zeros(len(scale), dtype=torch.long)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                          # torch will drop its qint8 dtype
+        matrix = torch._make_per_channel_quantized_tensor(rounded, scale.double(), zero, 0)
+    return torch.ops.quantized.linear_prepack(matrix, None)
 
 
 # --------------------------------------------------------------------------------------------------

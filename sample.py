@@ -170,11 +170,8 @@ def write_many(tokenizer, prompt, stream, stop_token):
 
 def benchmark(model, samples, new=32):
     """Time reading a prompt, and then each token. Speed does not depend on the weights."""
-    tensors = (*model.parameters(), *model.buffers())
-    weights = sum(t.numel() * t.element_size() for t in tensors)
-    device = tensors[0].device
     for length in (32, model.config.block_size * 3 // 4):
-        idx = torch.randint(model.config.vocab_size, (samples, length), device=device)
+        idx = torch.randint(model.config.vocab_size, (samples, length), device=model.device)
         for _ in range(2):                                       # the first time warms up
             times = [time.perf_counter()]
             for token in model.stream(idx, new + 1, temperature=0):
@@ -183,8 +180,7 @@ def benchmark(model, samples, new=32):
         seconds = np.diff(times)
         one = float(np.median(seconds[1:]))
         print(f"prompt {length:5}: read at {samples * length / seconds[0]:,.0f} tokens per second, "
-              f"then {samples / one:,.1f} tokens per second for {samples} texts; "
-              f"{weights / one / 1e9:,.1f} GB/s of weights")
+              f"then {samples / one:,.1f} tokens per second for {samples} texts")
 
 
 def main():

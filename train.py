@@ -174,6 +174,7 @@ from model import (
     choose_dtype,
     convert,
     is_pretrained,
+    multiplies,
     read_pretrained,
     read_safetensors,
     write_pretrained,
@@ -1769,6 +1770,9 @@ def train(typed, device, why_device):
     if run.dtype == "float16" and (run.fsdp or device.type != "cuda"):
         raise UsageError("--dtype=float16 needs loss scaling, which works on CUDA without FSDP: "
                          "use bfloat16 or float32")
+    if run.dtype == "bfloat16" and device.type == "cpu" and not multiplies(torch.bfloat16):
+        raise UsageError("--dtype=bfloat16: this CPU multiplies bfloat16 in software, several "
+                         "times slower than float32: leave the flag out")
     dtype, why_dtype = choose_dtype(run.dtype, device, float16=not run.fsdp)
     with usage_errors():
         compiled, why_compile = choose_compile(run.compile, device)
