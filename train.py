@@ -781,17 +781,15 @@ class Log:
         kept = [r for r in read_metrics(run.out_dir) if resumed and r["step"] <= step]
         with atomic_write(self.path) as f:                       # later records will come again
             f.writelines(json.dumps(record).encode() + b"\n" for record in kept)
-        self.file = open(self.path, "ab", buffering=0)           # nothing is left to flush
 
     def record(self, trainer, **values):
         if not is_main():
             return
         step = trainer.state.step
         values = {"step": step, "tokens": step * trainer.tokens_per_step, **values}
-        line = json.dumps(values).encode() + b"\n"
         try:
-            while line:
-                line = line[self.file.write(line):]
+            with open(self.path, "a") as f:
+                f.write(json.dumps(values) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}. "
                             f"{last_checkpoint(trainer)}") from None
