@@ -2581,9 +2581,9 @@ def test_masked_samples(tmp_path):
     x, y = train.read_spans(data, np.array([[1, 4, 6, 9], [0, 0, 1, 4]]))
     assert x.tolist() == [[104, 105, 106, 107], [0, 1, 2, 0]]
     assert y.tolist() == [[-1, -1, 107, 108], [1, 2, 3, -1]]
-    before = data.fingerprint()
+    before = data.fingerprint
     (tmp_path / "b.mask").write_bytes(bytes([1, 1, 1, 1, 0, 0, 0, 1, 1, 1]))
-    assert loader.TokenDataset(paths, 4, 200).fingerprint() != before
+    assert loader.TokenDataset(paths, 4, 200).fingerprint != before
     (tmp_path / "b.mask").write_bytes(bytes(9))
     with pytest.raises(ValueError, match="b.mask has 9 bytes for 10 tokens"):
         loader.TokenDataset(paths, 4, 200)
@@ -2598,7 +2598,7 @@ def test_data_larger_than_memory_is_mapped(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     began = time.time()
     data = loader.TokenDataset([f.name], 1024, 50)
-    assert data.tokens == 100 << 30 and data[len(data) - 1][0].sum() == 0 and data.fingerprint()
+    assert data.tokens == 100 << 30 and data[len(data) - 1][0].sum() == 0 and data.fingerprint
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
     assert time.time() - began < 5
 

@@ -668,9 +668,23 @@ def placed(value, p):
     return tensor
 
 
-def save_state(trainer, tokenizer, fingerprints):
+def save_checkpoint(trainer, tokenizer, export):
+    """Write the training state, and before it the model if `export`. Every process must call it."""
+    run = trainer.run
+    step = trainer.state.step
+    try:
+        if export:
+            save_export(trainer, tokenizer)
+        save_state(trainer, tokenizer)
+    except OSError as error:
+        raise UserError(f"the checkpoint of step {step} cannot be saved in {run.out_dir}: {error}. "
+                        f"{last_checkpoint(trainer)}") from None
+    trainer.saved_step = step
+
+
+def save_state(trainer, tokenizer):
     """Write the training state. Every process must call it; the main process writes, and holds one
-    whole tensor at a time. fingerprints: of the data, {split: fingerprint}."""
+    whole tensor at a time."""
     run = trainer.run
     tensors = dict(trainer.parameters)
     for i, optimizer in enumerate(trainer.optimizers):
@@ -685,6 +699,7 @@ def save_state(trainer, tokenizer, fingerprints):
         return exhaust(whole)
     settings = {name: value for name, value in asdict(run).items()
                 if "runtime" not in RUN[name].metadata}
+    fingerprints = {split: data.fingerprint for split, data in trainer.splits.items()}
     saved = {"state": asdict(trainer.state), "run": settings, "config": asdict(trainer.config),
              "tokenizer": tokenizer.to_json(), "data": fingerprints, "tensors": list(tensors),
              "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -1063,11 +1078,11 @@ def choose_model(run, shape, checkpoint, tokenizer):
 
 
 def open_splits(folder, paths, config, checkpoint, run):
-    """-> ({split: TokenDataset}, {split: fingerprint}), checked to be those of the checkpoint."""
+    """-> {split: TokenDataset}, checked to be those of the checkpoint."""
     counts = token_counts(folder)
     splits = {split: TokenDataset(paths[split], config.block_size, config.vocab_size,
                                   counts.get(split)) for split in paths}
-    fingerprints = {split: data.fingerprint() for split, data in splits.items()}
+    fingerprints = {split: data.fingerprint for split, data in splits.items()}
     check_same(f"the data in {folder} must be the same in every process", fingerprints)
     if checkpoint and not run.eval_only:
         for split, now in fingerprints.items():
@@ -1077,7 +1092,7 @@ def open_splits(folder, paths, config, checkpoint, run):
                                 f"{run.out_dir}: it had {before}, now {now}. Restore it, or start "
                                 f"another run from these weights with --init_from={run.out_dir} "
                                 "--out_dir=...")
-    return splits, fingerprints
+    return splits
 
 
 def build_model(run, config, weights, device, dtype, compiled):
@@ -1536,9 +1551,8 @@ class StopSignals:
         self.handle(signal.SIGTERM, frame)
 
 
-def loop(trainer, log, save, tokenizer):
-    """Train, evaluate and save until max_iters or a signal. Returns the exit code. save(export)
-    writes a checkpoint."""
+def loop(trainer, log, tokenizer):
+    """Train, evaluate and save until max_iters or a signal. Returns the exit code."""
     run = trainer.run
     state = trainer.state
     signals = StopSignals()
@@ -1548,7 +1562,7 @@ def loop(trainer, log, save, tokenizer):
         due = finished or state.step % run.eval_interval == 0
         if due and state.evaluated_step != state.step:
             began = time.monotonic()
-            evaluate_and_save(trainer, log, save)
+            evaluate_and_save(trainer, log, tokenizer)
             every = run.sample_interval
             if every and (finished or state.step % every < run.eval_interval):
                 write_sample(trainer, tokenizer)
@@ -1561,11 +1575,11 @@ def loop(trainer, log, save, tokenizer):
             gc.collect()
             gc.freeze()                          # or Python would search all that stays, for 0.1 s
     if stopped and trainer.saved_step != state.step:
-        save(export=run.always_save_checkpoint)
+        save_checkpoint(trainer, tokenizer, export=run.always_save_checkpoint)
     return stopped
 
 
-def evaluate_and_save(trainer, log, save):
+def evaluate_and_save(trainer, log, tokenizer):
     run = trainer.run
     state = trainer.state
     losses = {}
@@ -1585,7 +1599,7 @@ def evaluate_and_save(trainer, log, save):
              f"{losses['val_loss']:.4f}{' (best)' if better else ''}")
     if run.always_save_checkpoint and state.step == log.first_step:
         return                                                   # nothing has been learned yet
-    save(export=better or run.always_save_checkpoint)
+    save_checkpoint(trainer, tokenizer, export=better or run.always_save_checkpoint)
 
 
 def write_sample(trainer, tokenizer):
@@ -1772,7 +1786,7 @@ def train(typed, device, why_device):
         compiled, why_compile = choose_compile(run.compile, device)
     folder, paths, tokenizer = open_data(run)
     config, weights = choose_model(run, shape, checkpoint, tokenizer)
-    splits, fingerprints = open_splits(folder, paths, config, checkpoint, run)
+    splits = open_splits(folder, paths, config, checkpoint, run)
     if run.eval_only or run.benchmark:
         checkpoint = None                                        # these look at the exported model
     model = build_model(run, config, weights, device, dtype, compiled)
@@ -1795,10 +1809,10 @@ def train(typed, device, why_device):
     trainer.start()
     if run.benchmark:
         return benchmark(trainer)
-    return run_training(trainer, tokenizer, fingerprints)
+    return run_training(trainer, tokenizer)
 
 
-def run_training(trainer, tokenizer, fingerprints):
+def run_training(trainer, tokenizer):
     run = trainer.run
     state = trainer.state
     if is_main():
@@ -1811,17 +1825,7 @@ def run_training(trainer, tokenizer, fingerprints):
             announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files "
                      "are not in tiktoken's cache. sample.py and data/prepare.py download them")
     log = Log(run, trainer.config, state.step, trainer.saved_step is not None)
-
-    def save(export):
-        try:
-            if export:
-                save_export(trainer, tokenizer)
-            save_state(trainer, tokenizer, fingerprints)
-        except OSError as error:
-            raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
-                            f"{run.out_dir}: {error}. {last_checkpoint(trainer)}") from None
-        trainer.saved_step = state.step
-    stopped = loop(trainer, log, save, tokenizer)
+    stopped = loop(trainer, log, tokenizer)
     log.close()
     curves = draw_curves(run.out_dir) if is_main() else ""
     if stopped:
