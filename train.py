@@ -386,14 +386,14 @@ def gather(value):
     return values
 
 
-def main_first(work):
-    """Call work() in the main process, then in the first process of each machine, which finds the
-    work done if the machines share a disk. Every process waits."""
+def main_first(work, name):
+    """Call work(name) in the main process, then in the first process of each machine, which finds
+    the work done if the machines share a disk. Every process waits."""
     if is_main():
-        work()
+        work(name)
     gather(None)
     if os.environ.get("LOCAL_RANK") == "0":
-        work()
+        work(name)
     gather(None)
 
 
@@ -1026,14 +1026,17 @@ def peak_flops(device, dtype):
 # Building: data, model, optimizers
 
 
+def prepare_once(name):
+    """Prepare the data set `name` unless it is there."""
+    folder = f"{DATA}/{name}"
+    if not os.path.exists(f"{folder}/meta.json"):
+        DATASETS[name](folder)
+
+
 def open_data(run):
     """-> (folder, {split: paths}, tokenizer). A small data set with a name is prepared first."""
-    def prepare():
-        folder = f"{DATA}/{run.dataset}"
-        if not os.path.exists(f"{folder}/meta.json"):
-            DATASETS[run.dataset](folder)
     if run.dataset in DATASETS and run.dataset not in LARGE:
-        main_first(prepare)
+        main_first(prepare_once, run.dataset)
     folder, paths = find_data(run.dataset)
     if os.path.exists(f"{folder}/{ITEMS}"):
         if not run.eval_only:
@@ -1062,7 +1065,8 @@ def choose_model(run, shape, checkpoint, tokenizer):
             config = GPT2Config(**shape)
     else:                                                        # the exported model
         if not os.path.exists(source):                           # they are downloaded
-            main_first(lambda: (read_pretrained(source), load_tokenizer(source)))
+            main_first(read_pretrained, source)
+            main_first(load_tokenizer, source)
         saved_config, weights, notes = read_pretrained(source)
         trained_with = load_tokenizer(source)
         with usage_errors():
