@@ -1371,17 +1371,19 @@ def convert_heads(saved, config, weights):
     if saved.kv_heads % config.kv_heads:
         raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's "
                          f"{saved.kv_heads}")
-
-    def average(x):                                              # float64: equal heads stay exact
-        heads = x.unflatten(0, (config.kv_heads, -1, config.head_dim)).double()
-        return heads.mean(dim=1).flatten(0, 1).float()
     width = saved.kv_heads * saved.head_dim
     for name in weights:
         if "c_attn" in name:
             q, k, v = weights[name].split([saved.n_embd, width, width])
-            weights[name] = torch.cat((q, average(k), average(v)))
+            weights[name] = torch.cat((q, average_heads(k, config), average_heads(v, config)))
     yield (f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; fine-tune "
            "the model to recover its quality")
+
+
+def average_heads(x, config):
+    """The rows of config's key or value heads, each the mean of a group of those in x."""
+    heads = x.unflatten(0, (config.kv_heads, -1, config.head_dim))
+    return heads.double().mean(dim=1).flatten(0, 1).float()      # float64: equal heads stay exact
 
 
 def convert_window(saved, config):

@@ -945,27 +945,25 @@ def draw(path, curves, axes, low, high):
     """Write an SVG. curves: (label, points of a thin line, points to mark with dots), with points
     (x, y); axes: their two names; low and high: the range of y."""
     end = max(max(x for _, line, dots in curves for x, _ in line + dots), 1)
-
-    def at(x, y):
-        return round(64 + 672 * x / end, 1), round(16 + 340 * (high - y) / (high - low), 1)
+    ranges = (end, low, high)
     content = []
     for y in ticks(low, high):
-        _, py = at(0, y)
+        _, py = place((0, y), *ranges)
         content.append(f'<path class="grid" d="M64,{py}h672"/>'
                        f'<text x="56" y="{py + 4}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, end):
-        px, _ = at(x, low)
+        px, _ = place((x, low), *ranges)
         content.append(f'<path class="grid" d="M{px},16v340"/>'
                        f'<text x="{px}" y="374" text-anchor="middle">{x:,.10g}</text>')
     for i, (label, line, dots) in enumerate(curves):
         color = COLORS[i % len(COLORS)]
         content.append('<g clip-path="url(#plot)">')
         for points, width in ((line, 1), (dots, 2)):
-            corners = " ".join(f"{px},{py}" for px, py in (at(*point) for point in points))
+            corners = " ".join("{},{}".format(*place(point, *ranges)) for point in points)
             content.append(f'<polyline stroke="{color}" stroke-width="{width}" '
                            f'points="{corners}"/>')
         if len(dots) <= 100:
-            content += [circle(*at(*point), color) for point in dots]
+            content += [circle(*place(point, *ranges), color) for point in dots]
         y = 420 + 18 * i
         label = label.replace("&", "&amp;").replace("<", "&lt;")
         content.append(f'</g><path stroke="{color}" stroke-width="2" d="M64,{y}h24"/>'
@@ -974,6 +972,12 @@ def draw(path, curves, axes, low, high):
                      content="\n".join(content))
     with atomic_write(path) as f:
         f.write(svg.encode("utf-8", "replace"))
+
+
+def place(point, end, low, high):
+    """Where a point (x, y) is in the picture."""
+    x, y = point
+    return round(64 + 672 * x / end, 1), round(16 + 340 * (high - y) / (high - low), 1)
 
 
 def circle(x, y, color):

@@ -31,6 +31,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +64,11 @@ def stdlib(folder, source=None):
     # ASCII files only, so that there are about 100 different characters.
     paths = [path for path in walk(root, skipped)
              if path.endswith(".py") and Path(path).read_bytes().isascii()]
+    write_tokens(folder, paths, partial(read_source, root), "char")
 
-    def read(path, f):
-        yield os.path.relpath(path, root), None, read_pieces(f)
-    write_tokens(folder, paths, read, "char")
+
+def read_source(root, path, f):
+    yield os.path.relpath(path, root), None, read_pieces(f)
 
 
 def walk(root, skipped=()):
@@ -111,14 +113,17 @@ def tinystories(folder, source=None):
     for name, path in zip(names, paths, strict=True):
         if not source and not os.path.exists(path):
             hub_download("datasets/roneneldan/TinyStories", name, path)
+    write_tokens(folder, paths, read_stories, "gpt2")
 
-    def read(path, f):
-        split = "train" if path == paths[0] else "val"
-        for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
-            story = "".join(lines).strip()
-            if story and not end:
-                yield path, split, [story]
-    write_tokens(folder, paths, read, "gpt2")
+
+def read_stories(path, f):
+    split = "train"
+    if path.endswith("-valid.txt"):
+        split = "val"
+    for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
+        story = "".join(lines).strip()
+        if story and not end:
+            yield path, split, [story]
 
 
 def fineweb(folder, shards=103):
