@@ -121,7 +121,7 @@ class GPT2Config:
 
     @property
     def kv_heads(self):
-        return self.n_kv_head if self.gqa else self.n_head
+        return self.n_kv_head or self.n_head
 
     @property
     def qkv_sizes(self):
@@ -146,13 +146,13 @@ class GPT2Config:
             tokens = min(tokens, self.window_size)
         return 2 * self.n_layer * self.kv_heads * self.head_dim * tokens * bytes_per_number
 
-    def flops_per_token(self, tokens=None):
+    def flops_per_token(self):
         """Floating point operations of a forward pass per token, averaged over a sequence of
-        `tokens` tokens (default: block_size): 2 for each weight of a matrix and 4 C per layer for
-        each key that a token sees. Training costs 3 times as many. (Kaplan et al. 2020,
-        arXiv 2001.08361, table 1, but only keys that the mask lets through are counted.)"""
-        T = tokens or self.block_size
-        W = min(self.window_size, T) if self.sliding_window else T
+        block_size tokens: 2 for each weight of a matrix and 4 C per layer for each key that a token
+        sees. Training costs 3 times as many. (Kaplan et al. 2020, arXiv 2001.08361, table 1, but
+        only keys that the mask lets through are counted.)"""
+        T = self.block_size
+        W = self.window_size or T
         C = self.n_embd
         keys = (W * (W + 1) / 2 + (T - W) * W) / T               # mean over i of min(i + 1, W)
         attention = C * (C + 2 * self.kv_heads * self.head_dim) + C * C
@@ -270,7 +270,7 @@ class AttentionHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.window = config.window_size if config.sliding_window else None
+        self.window = config.window_size                         # None: all tokens
         self.flash = config.flash
         self.dropout = config.dropout
 
