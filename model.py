@@ -406,9 +406,11 @@ class GPT2(nn.Module):
         self.cross_entropy = linear_cross_entropy                # train.py may compile it
         self.grad_checkpoint = False     # recompute blocks in backward: less memory, a third slower
         self.changes = []                # what from_pretrained changed in the weights
+        embeddings = dict(wte=empty_embedding(config.vocab_size, config.n_embd))
+        if not config.rope:
+            embeddings["wpe"] = empty_embedding(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict(dict(
-            wte=empty_embedding(config.vocab_size, config.n_embd),
-            **({} if config.rope else dict(wpe=empty_embedding(config.block_size, config.n_embd))),
+            **embeddings,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
@@ -438,8 +440,9 @@ class GPT2(nn.Module):
                 elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                     tensor.fill_(1)
                 elif isinstance(module, nn.Linear | nn.Embedding):
-                    to_residual = path.endswith("c_proj")
-                    std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
+                    std = 0.02
+                    if path.endswith("c_proj"):                  # adds to the residual stream
+                        std /= math.sqrt(2 * self.config.n_layer)
                     tensor.normal_(0, std, generator=generator)
                 else:
                     raise TypeError(f"{path}.{name}: GPT2.initial_weights has no rule for the "

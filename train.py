@@ -1113,7 +1113,10 @@ def build_model(run, config, weights, device, dtype, compiled):
             block.compile()
     model = shard(model, run, device, dtype)
     parameters = dict(model.named_parameters())
-    for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
+    values = model.initial_weights(run.seed)
+    if weights is not None:
+        values = weights.items()
+    for name, whole in values:
         fill(parameters[name], whole)
     return model
 
