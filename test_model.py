@@ -4058,13 +4058,33 @@ def test_what_is_left_on_a_full_disk(data, tmp_path):
     assert "Sample with" in done.out
 
 
-def rewrite(path, change):
-    """Write a training state again, with tensors and metadata changed: change(tensors, saved)."""
-    content, metadata = read_safetensors(path)
-    content = {name: t.clone() for name, t in content.items()}
-    saved = json.loads(metadata["training_state"])
-    change(content, saved)
-    save_file(content, path, metadata={"training_state": json.dumps(saved)})
+def rewrite(change):
+    """What writes a training state again, with tensors and metadata changed: change(tensors, saved)
+    """
+    def rewritten(path):
+        content, metadata = read_safetensors(path)
+        content = {name: t.clone() for name, t in content.items()}
+        saved = json.loads(metadata["training_state"])
+        change(content, saved)
+        save_file(content, path, metadata={"training_state": json.dumps(saved)})
+    return rewritten
+
+
+def with_tensor(name, value):
+    return rewrite(lambda tensors, saved: tensors.update({name: value}))
+
+
+def without_tensor(name):
+    return rewrite(lambda tensors, saved: tensors.pop(name))
+
+
+def with_value(part, **values):
+    return rewrite(lambda tensors, saved: saved[part].update(values))
+
+
+def other_model(tensors, saved):
+    tensors["transformer.h.0.ln_3.weight"] = torch.ones(32)
+    saved["tensors"].append("transformer.h.0.ln_3.weight")
 
 
 class Malicious:
@@ -4075,63 +4095,33 @@ class Malicious:
         return os.mkdir, (self.folder,)
 
 
+STEP = "optimizer.0.step.transformer.wte.weight"
 MOMENT = "optimizer.0.exp_avg.transformer.wte.weight"
-
-
-def rename(content, saved, name=None):
-    """Give the moment another name, in the list of tensors too; None: remove it."""
-    value = content.pop(MOMENT)
-    saved["tensors"].remove(MOMENT)
-    if name:
-        content[name] = value
-        saved["tensors"].append(name)
-
-
-DAMAGES = {
+DAMAGES = {                                  # name: (change of the file at a path, words of error)
     "short": (lambda path: path.write_bytes(path.read_bytes()[:-50]), "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
     "pickle": (lambda path: torch.save(Malicious(str(path.parent / "ran")), path), "pickle"),
     "no metadata": (lambda path: save_file({"a": torch.ones(1)}, path), "training_state"),
-    "no moment": (lambda path: rewrite(path, lambda t, s: t.pop(MOMENT)), f"lacks '{MOMENT}'"),
-    "unknown moment": (lambda path: rewrite(path, lambda t, s: t.update({
-        "optimizer.0.x.y": torch.ones(1)})), "unknown 'optimizer.0.x.y'"),
-    "no weight": (lambda path: rewrite(path, lambda t, s: t.pop("transformer.wte.weight")),
-                  "lacks 'transformer.wte.weight'"),
-    "wrong shape": (lambda path: rewrite(path, lambda t, s: t.update({
-        "transformer.ln_f.bias": torch.ones(7)})), "no transformer.ln_f.bias of shape (32,)"),
-    "negative": (lambda path: rewrite(path, lambda t, s: s["state"].update(samples=-5)),
-                 "impossible"),
-    "nan": (lambda path: rewrite(path, lambda t, s: s["state"].update(best_val_loss=math.nan)),
-            "impossible"),
-    "text": (lambda path: rewrite(path, lambda t, s: s["state"].update(step="6")), "wrong types"),
-    "no state": (lambda path: rewrite(path, lambda t, s: s.pop("state")), "state"),
-    "run": (lambda path: rewrite(path, lambda t, s: s["run"].update(batch_size=2.5)),
-            "batch_size=2.5"),
-    "range": (lambda path: rewrite(path, lambda t, s: s["run"].update(batch_size=0)),
-              "batch_size=0"),
-    "config": (lambda path: rewrite(path, lambda t, s: s["config"].update(n_layer=-1)),
-               "n_layer=-1"),
-    "unknown field": (lambda path: rewrite(path, lambda t, s: s["config"].update(new=1)),
-                      "version"),
-    "unknown flag": (lambda path: rewrite(path, lambda t, s: s["run"].update(new=1)), "version"),
-    "another parameter": (lambda path: rewrite(path, lambda t, s: (
-        t.update({"transformer.h.0.ln_3.weight": torch.ones(32)}),
-        s["tensors"].append("transformer.h.0.ln_3.weight"))), "version"),
-    "missing flag": (lambda path: rewrite(path, lambda t, s: s["run"].pop("seed")), "version"),
-    "list": (lambda path: rewrite(path, lambda t, s: s.update(optimizers=3)), "damaged"),
-    "infinite": (lambda path: rewrite(path, lambda t, s: s["state"].update(
-        best_val_loss=-math.inf)), "impossible"),
-    "layers": (lambda path: rewrite(path, lambda t, s: s["config"].update(n_layer=10**5)),
-               "fewer tensors than n_layer=100000"),
-    "optimizer x": (lambda path: rewrite(path, lambda t, s: rename(
-        t, s, MOMENT.replace("0", "x"))), "version"),
-    "moment lost": (lambda path: rewrite(path, lambda t, s: rename(t, s)), "lacks tensors of an"),
-    "moment's shape": (lambda path: rewrite(path, lambda t, s: t.update({MOMENT: torch.ones(3)})),
-                       "shape (3,)"),
-    "moment's dtype": (lambda path: rewrite(path, lambda t, s: t.update({
-        MOMENT: t[MOMENT].long()})), "torch.int64"),
-    "step's shape": (lambda path: rewrite(path, lambda t, s: t.update({
-        MOMENT.replace("exp_avg", "step"): torch.ones(4)})), "shape (4,)"),
+    "no moment": (without_tensor(MOMENT), f"lacks '{MOMENT}'"),
+    "no weight": (without_tensor("transformer.wte.weight"), "lacks 'transformer.wte.weight'"),
+    "unknown": (with_tensor("optimizer.0.x.y", torch.ones(1)), "unknown 'optimizer.0.x.y'"),
+    "shape": (with_tensor("transformer.ln_f.bias", torch.ones(7)), "ln_f.bias of shape (32,)"),
+    "moment's shape": (with_tensor(MOMENT, torch.ones(3)), "shape (3,)"),
+    "moment's dtype": (with_tensor(MOMENT, torch.ones(12, 32).long()), "torch.int64"),
+    "step's shape": (with_tensor(STEP, torch.ones(4)), "shape (4,)"),
+    "negative": (with_value("state", samples=-5), "impossible"),
+    "nan": (with_value("state", best_val_loss=math.nan), "impossible"),
+    "infinite": (with_value("state", best_val_loss=-math.inf), "impossible"),
+    "text": (with_value("state", step="6"), "wrong types"),
+    "no state": (rewrite(lambda tensors, saved: saved.pop("state")), "state"),
+    "list": (rewrite(lambda tensors, saved: saved.update(optimizers=3)), "damaged"),
+    "run": (with_value("run", batch_size=2.5), "batch_size=2.5"),
+    "range": (with_value("run", batch_size=0), "batch_size=0"),
+    "config": (with_value("config", n_layer=-1), "n_layer=-1"),
+    "unknown field": (with_value("config", new=1), "version"),
+    "unknown flag": (with_value("run", new=1), "version"),
+    "missing flag": (rewrite(lambda tensors, saved: saved["run"].pop("seed")), "version"),
+    "other model": (rewrite(other_model), "version"),
 }
 
 
