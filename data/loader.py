@@ -238,9 +238,6 @@ class EndlessSampler(DistributedSampler):
         for end in map(int, dataset.ends):
             self.ends += [*range(self.ends[-1] + PIECE, end, PIECE), end]
 
-    def __len__(self):
-        raise TypeError("an EndlessSampler has no length")
-
     def __iter__(self):
         position = self.consumed // len(self.dataset) * len(self.dataset)
         while True:
