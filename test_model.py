@@ -3591,7 +3591,7 @@ def test_no_copies_of_the_whole(data, tmp_path, ranks):
 
 
 @pytest.mark.parametrize("ranks, argv, words", [
-    (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 3 or 6", "--nproc_per_node=2"]),
+    (3, [], ["--gradient_accumulation_steps=4", "among 3", "use 6", "--nproc_per_node=2"]),
     (2, ["--backend=foo"], ["--backend=foo does not work on cpu: use gloo"]),
     (2, ["--device=cuda:1"], ["--device=cuda:1 serves one process"]),
     (2, ["--hsdp"], ["--hsdp has no effect without --fsdp"]),
@@ -3615,7 +3615,7 @@ def test_ranks_that_see_other_things(data, tmp_path):
     argv = flags(dataset="set", out_dir="out")
     run("train", *argv, folder=folders[0])
     err = run("train", *argv, "--init_from=auto", ranks=2, folder=folders, code=1).err
-    one_line(err, "checkpoint found in out", "process 1 of 2 has False, process 0 has True")
+    one_line(err, "step of the checkpoint in out", "process 1 of 2 has None, process 0 has 9")
     ids = read_bin(data, "train")
     ids[::17] = 0
     ids.tofile(folders[1] / "set/train.bin")
@@ -4870,7 +4870,7 @@ sample   1  --start=FILE:{bad}/latin.jsonl                         latin.jsonl
 sample-  2  --init_from=gpt3                                       is not resume
 sample-  1  --init_from=gpt2                                       gpt2/resolve/main/config.json
 prepare  2                                                         say what to prepare
-prepare  2  shakespeare_chr                                        did you mean shakespeare_char?
+prepare  2  shakespeare_chr                                        is not a data set (stdlib, shakespeare_char,
 prepare  2  {bad}/text                                             --name=NAME
 prepare  2  {bad}/text --name=stdlib                               choose another
 prepare  2  {bad}/text --name=x --val_frac=2                       at most 1

@@ -236,20 +236,14 @@ def resolve(typed):
     """
     asked = Run(**{name: value for name, value in typed.items() if name in RUN})
     source = asked.init_from
+    checkpoint = None
     if source in ("resume", "auto"):
-        found = os.path.exists(f"{asked.out_dir}/{STATE}")
-        check_same(f"checkpoint found in {asked.out_dir} (put it on a disk that all machines "
-                   "share)", found)
-        old = os.path.exists(f"{asked.out_dir}/training_state.pt")
-        if not found and (old or source == "resume"):
-            raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
-                            + advice_on_old_layout(asked.out_dir))
-        source = "resume" if found else "scratch"
+        checkpoint = find_checkpoint(asked.out_dir, must_exist=source == "resume")
+        source = "resume" if checkpoint else "scratch"
     elif source != "scratch" and not is_pretrained(source):
         raise UsageError(f"--init_from={source} is not scratch, resume, auto, {SOURCES}")
     if asked.size and source != "scratch":
         raise UsageError("--size has no effect on weights that have a size: leave it out")
-    checkpoint = None
     saved = {}
     recipe = FINETUNE
     if source == "scratch":
@@ -259,9 +253,6 @@ def resolve(typed):
                              f"{SOURCES}")
     elif source == "resume":
         recipe = {}
-        checkpoint = Checkpoint(asked.out_dir)
-        check_same(f"step of the checkpoint in {asked.out_dir} (put it on a disk that all "
-                   "machines share)", checkpoint.state.step)
         saved = checkpoint.settings
         check_contradictions(typed, saved, asked.out_dir)
     settings = {**recipe, **saved, **typed, "init_from": source}
@@ -301,11 +292,10 @@ def check_accumulation(run):
     steps = run.gradient_accumulation_steps
     ranks = world_size()
     if steps % ranks:
-        lower = steps // ranks * ranks
-        near = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
         fewer = max(n for n in range(1, ranks) if steps % n == 0)
         raise UsageError(f"--gradient_accumulation_steps={steps} counts over all processes and "
-                         f"does not divide among {ranks}: use {near}, or --nproc_per_node={fewer}")
+                         f"does not divide among {ranks}: use {steps + -steps % ranks}, or "
+                         f"--nproc_per_node={fewer}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -633,6 +623,19 @@ class Checkpoint:
                             "way than this run")
 
 
+def find_checkpoint(out_dir, must_exist):
+    """-> the Checkpoint in out_dir, the same in every process; None if there is none."""
+    checkpoint = None
+    if os.path.exists(f"{out_dir}/{STATE}"):
+        checkpoint = Checkpoint(out_dir)
+    elif must_exist or os.path.exists(f"{out_dir}/training_state.pt"):
+        raise UserError(f"there is no checkpoint in {out_dir} to resume"
+                        + advice_on_old_layout(out_dir))
+    check_same(f"step of the checkpoint in {out_dir} (put it on a disk that all machines share)",
+               checkpoint and checkpoint.state.step)
+    return checkpoint
+
+
 def check_saved_flag(name, value):
     """Raise an error unless `value` is one that the flag `name` of a run can have."""
     default = RUN[name].default
@@ -860,9 +863,7 @@ class Log:
         if not is_main():
             return
         if sys.stdout.isatty():
-            columns = shutil.get_terminal_size().columns
-            while len(text) >= columns and "  " in text:         # leave out the last fields
-                text = text.rpartition("  ")[0].rstrip()
+            text = text[:shutil.get_terminal_size().columns - 1]         # a full line would wrap
             print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
             self.width = 0 if stay else len(text)
         elif stay:

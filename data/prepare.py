@@ -17,7 +17,6 @@ nanoGPT) and meta.json (the tokenizer). FineWeb's shards keep llm.c's format.
 """
 import codecs
 import contextlib
-import difflib
 import gzip
 import inspect
 import itertools
@@ -610,10 +609,8 @@ def prepare_own(paths, typed):
             raise UsageError("openwebtext is not on the hub as plain files: use fineweb_edu or "
                              "fineweb in its place. Tokens made by nanoGPT work: put its train.bin "
                              "and val.bin in data/openwebtext")
-        near = difflib.get_close_matches(missing[0], DATASETS, 1)
-        hint = f": did you mean {near[0]}?" if near else ""
         raise UsageError(f"{missing[0]!r} is not a data set ({', '.join(DATASETS)}), a file or a "
-                         f"folder{hint}")
+                         "folder")
     if "name" not in typed:
         raise UsageError("give your data a name: --name=NAME")
     if typed["name"] in DATASETS:
