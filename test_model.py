@@ -3381,46 +3381,42 @@ def test_two_machines_share_copies(data, alone, tmp_path):
 
 
 def weigh(folder):
-    """Write down, after a step, the bytes of this process's weights, gradients and optimizer
-    state."""
+    """Write down, after a step, how many numbers this process keeps for each optimizer: weights and
+    gradients, and the optimizer's state."""
     def hook(optimizer, *_):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        held = [t for p in parameters for t in (p, p.grad, *optimizer.state[p].values())]
-        local = [t.to_local() if hasattr(t, "to_local") else t for t in held]
-        size = sum(t.numel() * t.element_size() for t in local)
-        pathlib.Path(folder, os.environ["RANK"]).write_text(str(size))
+        weights = [t for p in parameters for t in (p, p.grad)]
+        state = [t for p in parameters for t in optimizer.state[p].values()]
+        sizes = [sum(t.to_local().numel() if hasattr(t, "to_local") else t.numel() for t in tensors)
+                 for tensors in (weights, state)]
+        name = type(optimizer).__name__ + os.environ["RANK"]
+        pathlib.Path(folder, name).write_text(json.dumps(sizes))
     sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_fsdp_holds_its_share(data, tmp_path, ranks):
-    """Fails if sharding leaves whole weights, gradients or moments in every process."""
+def weighed(folder, optimizer, ranks):
+    """-> (numbers kept for the weights, and for the state), each a list of all processes."""
+    sizes = [json.loads((folder / f"{optimizer}{rank}").read_text()) for rank in range(ranks)]
+    return zip(*sizes, strict=True)
+
+
+@pytest.mark.parametrize("mode, ranks", [
+    ([], 2), (["--fsdp"], 2), pytest.param(["--fsdp"], 4, marks=pytest.mark.slow)])
+def test_each_process_holds_its_share(data, tmp_path, mode, ranks):
+    """Fails if FSDP leaves whole weights, gradients or moments in every process, or if Muon keeps
+    whole momentum, in whatever mode."""
     shape = dict(n_embd=64, block_size=32, n_layer=2, n_head=2)
     argv = flags(dataset=data, out_dir=tmp_path / "out", max_iters=1, **shape)
-    run("train", *argv, "--fsdp", ranks=ranks, before=partial(weigh, tmp_path))
-    whole = 16 * GPT2.from_pretrained(tmp_path / "out").num_parameters()
-    shares = [int(pathlib.Path(tmp_path, str(rank)).read_text()) / whole for rank in range(ranks)]
-    assert max(shares) <= 1.1 / ranks and sum(shares) >= 1, shares
-
-
-def weigh_momentum(folder):
-    """Write down, after a step, the bytes of Muon's state in this process, and of the matrices."""
-    def hook(optimizer, *_):
-        if isinstance(optimizer, train.Muon):
-            state = [t.to_local() for held in optimizer.state.values() for t in held.values()]
-            sizes = [sum(map(torch.numel, tensors)) for tensors in (state, optimizer.owners)]
-            pathlib.Path(folder, os.environ["RANK"]).write_text(json.dumps(sizes))
-    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
-
-
-@both_modes
-def test_each_process_keeps_its_share_of_the_momentum(data, tmp_path, mode):
-    """Fails if Muon keeps whole momentum in every process."""
-    run("train", *flags(dataset=data, out_dir=tmp_path / "out", max_iters=1), *mode, "--muon",
-        ranks=2, before=partial(weigh_momentum, tmp_path))
-    held, whole = zip(*[json.loads((tmp_path / str(rank)).read_text()) for rank in range(2)],
-                      strict=True)
-    assert sum(held) == whole[0] and max(held) <= 0.51 * whole[0]
+    run("train", *argv, *mode, "--muon", ranks=ranks, before=partial(weigh, tmp_path))
+    matrices = 2 * 12 * 64 * 64
+    others = GPT2.from_pretrained(tmp_path / "out").num_parameters() - matrices
+    muon_weights, momentum = weighed(tmp_path, "Muon", ranks)
+    adamw_weights, moments = weighed(tmp_path, "AdamW", ranks)
+    assert sum(momentum) == matrices and max(momentum) <= 1.02 * matrices / ranks
+    if mode:
+        assert sum(muon_weights) == 2 * matrices and max(muon_weights) <= 2.04 * matrices / ranks
+        assert sum(adamw_weights) == 2 * others and max(adamw_weights) <= 2.2 * others / ranks
+        assert max(moments) <= 2.2 * others / ranks
 
 
 def watch_memory(folder):
@@ -3539,7 +3535,7 @@ def test_no_copies_of_the_whole(data, tmp_path, ranks):
         grown = [json.loads((tmp_path / f"grown{rank}").read_text()) for rank in range(ranks)]
         load = sum(g["load"] for g in grown) / whole
         save = sum(g["save"] for g in grown) / whole
-        held = max(int((tmp_path / f"{rank}").read_text()) for rank in range(ranks)) / whole
+        held = max(map(sum, zip(*weighed(tmp_path, "AdamW", ranks), strict=True))) * 4 / whole
         print(f"{ranks} processes: {load:.2f} times the weights to load, {save:.2f} to save, "
               f"{held:.2f} in a step")
         assert load < loaded + 0.2 * ranks                       # shares, and a tensor at a time
