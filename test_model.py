@@ -1412,8 +1412,6 @@ def test_heads_are_averaged(tmp_path):
     assert_close(averaged, (k[:, 0] + k[:, 1] + k[:, 2]) / 3, 1e-6)
 
 
-
-
 TUNE = "fine-tune the model to recover its quality"
 KEPT = "sliding_window: the weights are used as they are, with a window of {}; " + TUNE
 TEXTS = "block_size: texts of up to {} tokens; the weights were trained on texts of 16"
@@ -1517,8 +1515,6 @@ def test_safetensors_both_ways(tmp_path):
     for name_length in range(500, 640):                          # 640 bytes: starts like a pickle
         save_file({"x" * name_length: torch.ones(2)}, tmp_path / "long")
         assert len(read_safetensors(tmp_path / "long")[0]) == 1
-
-
 
 
 def edit_header(change):
