@@ -1587,11 +1587,8 @@ def test_damaged_weights_are_refused(tmp_path, change, words):
 
 def test_a_pickle_is_never_read(tmp_path):
     """Fails if code inside a checkpoint runs, or the message does not say what to do instead."""
-    class Bomb:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "ran"),)
     small_model().save_pretrained(tmp_path)
-    torch.save(Bomb(), tmp_path / "model.safetensors")
+    torch.save(Malicious(str(tmp_path / "ran")), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="is a pickle, which could run code"):
         GPT2.from_pretrained(tmp_path)
     os.rename(tmp_path / "model.safetensors", tmp_path / "pytorch_model.bin")

@@ -134,9 +134,8 @@ def boolean(text):
 def refuse_unknown(argument, flags):
     name = argument.split("=")[0]
     if not name.startswith("-"):
-        config = " (config files are not run: type their lines as flags)"
-        raise UsageError(f"unknown argument {argument!r}: values are given as --name=value"
-                         + (config if name.endswith(".py") else ""))
+        raise UsageError(f"unknown argument {argument!r}: values are given as --name=value; config "
+                         "files are not run, type their lines as flags")
     bare = name.lstrip("-").removeprefix("no-").replace("-", "_")
     near = [SYNONYMS[bare]] if SYNONYMS.get(bare) in flags else []
     near = near or difflib.get_close_matches(bare, flags, 1)
