@@ -1274,24 +1274,6 @@ def test_starcoder2_of_transformers(tmp_path, fields, how):
     assert_close(ours(idx)[0], expected, 1e-5 * expected.std())
 
 
-@pytest.mark.parametrize("field, value", [
-    ("hidden_act", "gelu"), ("use_bias", False), ("tie_word_embeddings", False),
-    ("norm_epsilon", 1e-6), ("head_dim", 6), ("intermediate_size", 90), ("rope_parameters", 5),
-    ("rope_parameters", {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}),
-    ("rope_scaling", {"type": "linear", "factor": 2.0}), ("num_key_value_heads", 4),
-    ("model_type", "mistral"), ("model_type", ["gpt2"]), ("gpt2_flags", {"n_embd": 48}),
-    ("gpt2_flags", ["rope"]), ("gpt2_flags", {"new": 1}), ("sliding_window", "5")], ids=str)
-def test_other_starcoder2s_are_refused(tmp_path, field, value):
-    """Fails if a StarCoder2 is loaded that this model cannot compute, or the error does not name
-    what it is."""
-    hf_starcoder2().save_pretrained(tmp_path)
-    edit_config(tmp_path, **{field: value})
-    words = {"num_key_value_heads": "n_kv_head=4", "sliding_window": "window_size='5'"}
-    with pytest.raises(ValueError, match=words.get(field, "flag 'new'|hidden_size=" if field ==
-                                                   "gpt2_flags" and value != ["rope"] else field)):
-        GPT2.from_pretrained(tmp_path)
-
-
 @pytest.mark.parametrize("index", [
     "{", "[]", "{}", '{"weight_map": {"a": "../x.safetensors"}}', '{"weight_map": {"a": 5}}',
     '{"weight_map": {}}', '{"weight_map": {"a": "model-1.bin"}}'])
@@ -1353,17 +1335,37 @@ def test_unknown_changes_are_refused(tmp_path):
     assert GPT2.from_pretrained(tmp_path).config == small_config()
 
 
-@pytest.mark.parametrize("field, value", [
-    ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6), ("n_inner", 25),
-    ("tie_word_embeddings", False), ("scale_attn_by_inverse_layer_idx", True),
-    ("scale_attn_weights", False), ("add_cross_attention", True), ("model_type", "llama"),
-    ("n_layer", 3), ("n_layer", 1), ("n_layer", 10**7), ("n_embd", 27), ("n_positions", 16),
-    ("vocab_size", 96)])
-def test_other_models_are_refused(tmp_path, field, value):
-    """Fails if a config.json is loaded that the model cannot compute or the weights do not fit."""
-    hf_gpt2().save_pretrained(tmp_path)
+SHAPES_DIFFER = "config.json asks for"
+LINEAR = {"type": "linear", "rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+OTHERS = {                                   # made by: field of config.json, value, words of error
+    hf_gpt2: [
+        ("activation_function", "gelu", "activation_function="), ("n_inner", 25, "n_inner="),
+        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon="), ("model_type", "llama", "model_type="),
+        ("tie_word_embeddings", False, "tie_word_embeddings="),
+        ("scale_attn_by_inverse_layer_idx", True, "scale_attn_by_inverse_layer_idx="),
+        ("scale_attn_weights", False, "scale_attn_weights="), ("n_layer", 3, "lacks"),
+        ("add_cross_attention", True, "add_cross_attention="), ("n_layer", 1, "holds an unknown"),
+        ("n_layer", 10**7, SHAPES_DIFFER), ("n_embd", 27, SHAPES_DIFFER),
+        ("n_positions", 16, SHAPES_DIFFER), ("vocab_size", 96, SHAPES_DIFFER)],
+    hf_starcoder2: [
+        ("hidden_act", "gelu", "hidden_act="), ("use_bias", False, "use_bias="),
+        ("tie_word_embeddings", False, "tie_word_embeddings="), ("norm_epsilon", 1e-6, "norm_eps"),
+        ("head_dim", 6, "head_dim="), ("intermediate_size", 90, "intermediate_size="),
+        ("rope_parameters", 5, "rope_parameters="), ("rope_parameters", LINEAR, "rope_parameters="),
+        ("rope_scaling", LINEAR, "rope_scaling="), ("num_key_value_heads", 4, "n_kv_head=4"),
+        ("model_type", "mistral", "model_type="), ("model_type", ["gpt2"], "model_type="),
+        ("gpt2_flags", {"n_embd": 48}, "hidden_size="), ("gpt2_flags", ["rope"], "gpt2_flags="),
+        ("gpt2_flags", {"new": 1}, "flag 'new'"), ("sliding_window", "5", "window_size='5'")],
+}
+
+
+@pytest.mark.parametrize("made, field, value, words", [
+    (made, *row) for made, rows in OTHERS.items() for row in rows])
+def test_other_models_are_refused(tmp_path, made, field, value, words):
+    """Fails if a config.json is loaded that the model cannot compute or the weights do not fit, or
+    the error does not name what it is."""
+    made().save_pretrained(tmp_path)
     edit_config(tmp_path, **{field: value})
-    words = f"{field}=|config.json asks for|lacks|holds an unknown"
     with pytest.raises(ValueError, match=words):
         GPT2.from_pretrained(tmp_path)
 
