@@ -863,7 +863,9 @@ class Log:
         if not is_main():
             return
         if sys.stdout.isatty():
-            text = text[:shutil.get_terminal_size().columns - 1]         # a full line would wrap
+            columns = shutil.get_terminal_size().columns
+            while len(text) >= columns and "  " in text:         # leave out the last fields
+                text = text.rpartition("  ")[0].rstrip()
             print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
             self.width = 0 if stay else len(text)
         elif stay:
