@@ -247,12 +247,11 @@ class Piece:
 
 
 @contextlib.contextmanager
-def open_text(path, mode="rt"):
+def open_text(path):
     """Open a file that may be a .gz. UserError if it turns out to be damaged, or not UTF-8."""
     opener = gzip.open if path.endswith(".gz") else open
-    options = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
     try:
-        with opener(path, mode, **options) as f:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
             yield f
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): repair it, convert it to UTF-8, or "
@@ -260,8 +259,8 @@ def open_text(path, mode="rt"):
 
 
 def is_binary(path):
-    with contextlib.suppress(UserError), open_text(path, "rb") as f:
-        start = f.read(1 << 16)
+    with contextlib.suppress(UserError), open_text(path) as f:
+        start = f.buffer.read(1 << 16)
         utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return b"\0" in start and not utf16
     return False                                 # damaged: `read_all` reports it
