@@ -829,8 +829,9 @@ class Log:
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1),
                   "memory": memory}
         left = (run.max_iters - step) * (now - self.began) / (step - self.first_step)
+        left = timedelta(seconds=int(left))
         text = (f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  "
-                f"lr {rate:.1e}  norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left")
+                f"lr {rate:.1e}  norm {norm:.2f}  {speed:7,.0f} tok/s  {left} left")
         if trainer.peak_flops:
             values["mfu"] = trainer.flops_per_step / seconds / world_size() / trainer.peak_flops
             text += f"  mfu {values['mfu']:.1%}"
@@ -987,12 +988,6 @@ def ticks(low, high):
     if high - low < 4 * step:
         step /= 2
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def peak_memory(device):
@@ -1842,8 +1837,9 @@ def run_training(trainer, tokenizer):
         return stopped
     if not run.always_save_checkpoint and state.best_step == 0:
         say("\nThe validation loss never improved. Try a lower --learning_rate")
-    say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
-        f"{clock(time.monotonic() - log.began)} of training\n"
+    took = timedelta(seconds=int(time.monotonic() - log.began))
+    say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), {took} of "
+        "training\n"
         f"{curves}\n"
         f"Sample with\n    python sample.py{out_dir_flag(run)}")
 
