@@ -84,6 +84,12 @@ SHAKESPEARE = SHARED / "data/tinyshakespeare.txt"
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason=f"needs {SHAKESPEARE}")
 needs_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /proc")
 
+
+def slow(*values):
+    """The parameters of a slow test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # --------------------------------------------------------------------------------------------------
 # Helpers: models
 
@@ -1009,7 +1015,7 @@ def test_int8(flags):
 
 @torch.no_grad()
 @pytest.mark.parametrize("flags", [
-    {}, pytest.param(dict(rope=True, gqa=True, sliding_window=True), marks=pytest.mark.slow)],
+    {}, slow(dict(rope=True, gqa=True, sliding_window=True))],
     ids=setting_id)
 def test_compiled(flags):
     """Fails if torch.compile needs several graphs or meets what it cannot lower: oneDNN's product.
@@ -1025,8 +1031,7 @@ def test_compiled(flags):
     assert operations and not any("mkldnn" in name for name in operations)
 
 
-@pytest.mark.parametrize("flags", [
-    pytest.param(MATRIX[0], marks=pytest.mark.slow), MATRIX[7]], ids=setting_id)
+@pytest.mark.parametrize("flags", [slow(MATRIX[0]), MATRIX[7]], ids=setting_id)
 def test_compiled_block_trains(flags):
     """Fails if a block breaks into several graphs, or its gradients change when it is compiled."""
     torch.compiler.reset()
@@ -1074,8 +1079,7 @@ def edit_config(folder, **changes):
 @pytest.mark.parametrize("shape", [
     dict(n_layer=2, n_head=12, n_embd=768), dict(n_layer=2, n_head=12, n_embd=768, quiet=True),
     dict(n_layer=1, n_head=16, n_embd=1024),
-    pytest.param(dict(n_layer=1, n_head=20, n_embd=1280), marks=pytest.mark.slow),
-    pytest.param(dict(n_layer=1, n_head=25, n_embd=1600), marks=pytest.mark.slow)],
+    slow(dict(n_layer=1, n_head=20, n_embd=1280)), slow(dict(n_layer=1, n_head=25, n_embd=1600))],
     ids=["gpt2", "gpt2-quiet", "gpt2-medium", "gpt2-large", "gpt2-xl"])
 def test_logits_equal_transformers(tmp_path, shape):
     """Fails if GELU, an epsilon, a layout or the heads' order is not GPT-2's, in or out."""
@@ -1623,7 +1627,7 @@ def mutate(raw, edits, limit):
     return raw
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [80, slow(20_000)])
 def test_mutated_checkpoints(tmp_path, examples):
     """Fails if some damage to the weights or config.json raises anything but ValueError."""
     tiny = GPT2Config(4, 5, 1, 2, 4, rope=True, sliding_window=True)
@@ -2829,8 +2833,7 @@ def test_evaluation_changes_nothing(data, straight, tmp_path):
 
 
 @pytest.mark.parametrize("mode, ranks", [
-    ([], 0), pytest.param([], 2, marks=pytest.mark.slow),
-    pytest.param(["--fsdp"], 2, marks=pytest.mark.slow)])
+    ([], 0), slow([], 2), slow(["--fsdp"], 2)])
 def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
     """Fails if a text draws a run's random numbers, is not the model's, is missing at the end or
     comes too often, or if a process takes no part."""
@@ -3078,7 +3081,7 @@ def other_optimizers(kind, step=None):
 
 
 @pytest.mark.parametrize("kind, mode, ranks", [
-    ("SGD and AdamW", [], 0), pytest.param("SGD", ["--fsdp"], 2, marks=pytest.mark.slow),
+    ("SGD and AdamW", [], 0), slow("SGD", ["--fsdp"], 2),
     ("Adafactor", [], 0)])                                      # which torch cannot shard
 def test_other_optimizers_resume(data, tmp_path, kind, mode, ranks):
     """Fails if a checkpoint holds the state of one AdamW only: a killed and resumed run with other
@@ -3269,8 +3272,7 @@ def alone(data, tmp_path_factory):
 
 MODELS = {"plain": {}, "all": {**ALL, "muon": True}}
 both_modes = pytest.mark.parametrize("mode", [[], ["--fsdp"]], ids=["ddp", "fsdp"])
-fsdp_and_slowly_ddp = pytest.mark.parametrize("mode", [
-    pytest.param([], marks=pytest.mark.slow), ["--fsdp"]], ids=["ddp", "fsdp"])
+fsdp_and_slowly_ddp = pytest.mark.parametrize("mode", [slow([]), ["--fsdp"]], ids=["ddp", "fsdp"])
 
 
 @pytest.mark.parametrize("name, mode", [("plain", []), ("all", []), ("all", ["--fsdp"])])
@@ -3348,7 +3350,7 @@ def test_torchrun(data, alone, tmp_path):
 
 
 @pytest.mark.parametrize("first, then, ranks", [
-    ([], ["--fsdp"], 2), pytest.param(["--fsdp"], [], 2, marks=pytest.mark.slow)])
+    ([], ["--fsdp"], 2), slow(["--fsdp"], [], 2)])
 def test_checkpoints_cross_modes(data, alone, tmp_path, first, then, ranks):
     """Fails if only the mode that wrote a checkpoint can read it (one process and HSDP: see the
     next), or if the other ranks do not hear of a SIGTERM to one rank."""
@@ -3396,7 +3398,7 @@ def weighed(folder, optimizer, ranks):
 
 
 @pytest.mark.parametrize("mode, ranks", [
-    ([], 2), (["--fsdp"], 2), pytest.param(["--fsdp"], 4, marks=pytest.mark.slow)])
+    ([], 2), (["--fsdp"], 2), slow(["--fsdp"], 4)])
 def test_each_process_holds_its_share(data, tmp_path, mode, ranks):
     """Fails if FSDP leaves whole weights, gradients or moments in every process, or if Muon keeps
     whole momentum, in whatever mode."""
@@ -3891,14 +3893,8 @@ def look(capsys, out, exports):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == before
 
 
-def every(*acts):
-    """Parameters: each act at a few moments, and, in the slow tests, at every one."""
-    return [*((act, False) for act in acts),
-            *(pytest.param(act, True, marks=pytest.mark.slow) for act in acts)]
-
-
 @pytest.mark.parametrize("act, all_moments", [
-    *every("kill"), *every("full")[1:], *every("sealed")[1:]])
+    ("kill", False), *(slow(act, True) for act in ("kill", "full", "sealed"))])
 def test_no_save_loses_anything(straight, tmp_path, capsys, disk_calls, exports, act, all_moments):
     """Fails if there is a moment in a save at which a kill, or a disk that is full or read-only,
     leaves a run that cannot be resumed to the same bits, or a model of two steps."""
@@ -3934,7 +3930,7 @@ def test_no_save_loses_anything(straight, tmp_path, capsys, disk_calls, exports,
     print(f"{act}: {len(numbers)} moments in a save of {len(disk_calls)} calls")
 
 
-@pytest.mark.parametrize("act, all_moments", every("pause"))
+@pytest.mark.parametrize("act, all_moments", [("pause", False), slow("pause", True)])
 def test_looking_during_a_save(straight, tmp_path, capsys, disk_calls, exports, act, all_moments):
     """Fails if somebody who looks at a run in the middle of a save sees half a model, or disturbs
     the run."""
