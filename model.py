@@ -122,7 +122,7 @@ class GPT2Config:
 
     @property
     def kv_heads(self):
-        return self.n_kv_head if self.gqa else self.n_head
+        return self.n_kv_head or self.n_head
 
     @property
     def qkv_sizes(self):
@@ -147,13 +147,13 @@ class GPT2Config:
             tokens = min(tokens, self.window_size)
         return 2 * self.n_layer * self.kv_heads * self.head_dim * tokens * bytes_per_number
 
-    def flops_per_token(self, tokens=None):
+    def flops_per_token(self):
         """Floating point operations of a forward pass per token, averaged over a sequence of
-        `tokens` tokens (default: block_size): 2 for each weight of a matrix and 4 C per layer for
-        each key that a token sees. Training costs 3 times as many. (Kaplan et al. 2020,
-        arXiv 2001.08361, table 1, but only keys that the mask lets through are counted.)"""
-        T = tokens or self.block_size
-        W = min(self.window_size, T) if self.sliding_window else T
+        block_size tokens: 2 for each weight of a matrix and 4 C per layer for each key that a token
+        sees. Training costs 3 times as many. (Kaplan et al. 2020, arXiv 2001.08361, table 1, but
+        only keys that the mask lets through are counted.)"""
+        T = self.block_size
+        W = self.window_size or T
         C = self.n_embd
         keys = (W * (W + 1) / 2 + (T - W) * W) / T               # mean over i of min(i + 1, W)
         attention = C * (C + 2 * self.kv_heads * self.head_dim) + C * C
@@ -271,7 +271,7 @@ class AttentionHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.window = config.window_size if config.sliding_window else None
+        self.window = config.window_size                         # None: all tokens
         self.flash = config.flash
         self.dropout = config.dropout
 
@@ -407,9 +407,11 @@ class GPT2(nn.Module):
         self.cross_entropy = linear_cross_entropy                # train.py may compile it
         self.grad_checkpoint = False     # recompute blocks in backward: less memory, a third slower
         self.changes = []                # what from_pretrained changed in the weights
+        embeddings = dict(wte=empty_embedding(config.vocab_size, config.n_embd))
+        if not config.rope:
+            embeddings["wpe"] = empty_embedding(config.block_size, config.n_embd)
         self.transformer = nn.ModuleDict(dict(
-            wte=empty_embedding(config.vocab_size, config.n_embd),
-            **({} if config.rope else dict(wpe=empty_embedding(config.block_size, config.n_embd))),
+            **embeddings,
             drop=nn.Dropout(config.dropout),
             h=nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
@@ -439,8 +441,9 @@ class GPT2(nn.Module):
                 elif isinstance(module, nn.LayerNorm | nn.RMSNorm):
                     tensor.fill_(1)
                 elif isinstance(module, nn.Linear | nn.Embedding):
-                    to_residual = path.endswith("c_proj")
-                    std = 0.02 / math.sqrt(2 * self.config.n_layer) if to_residual else 0.02
+                    std = 0.02
+                    if path.endswith("c_proj"):                  # adds to the residual stream
+                        std /= math.sqrt(2 * self.config.n_layer)
                     tensor.normal_(0, std, generator=generator)
                 else:
                     raise TypeError(f"{path}.{name}: GPT2.initial_weights has no rule for the "
@@ -1130,10 +1133,7 @@ def read_pretrained(name):
             raise ValueError(f"{config_path}: {error}") from None
     tensors = {}
     for path in paths:
-        part, _ = read_safetensors(path)
-        for twice in sorted(part.keys() & tensors.keys()):
-            raise ValueError(f"{path} holds {twice!r:.80}, which another file of the model holds")
-        tensors.update(part)
+        tensors.update(read_safetensors(path)[0])
     try:
         return config, weights_from_file(config, architecture, tensors), []
     except ValueError as error:
@@ -1244,12 +1244,7 @@ def rows_of_heads(config):
 def weights_from_file(config, architecture, tensors):
     """Pick the model's parameters from a file's tensors, and check their names and shapes. What is
     built here is limited by what the file holds, not by what config claims."""
-    found = {}
-    for name, tensor in tensors.items():
-        name = short_name(name)
-        if name in found:
-            raise ValueError(f"holds {name!r:.80} twice, with and without its prefix")
-        found[name] = tensor
+    found = {short_name(name): tensor for name, tensor in tensors.items()}
     if config.n_layer > len(found):
         raise ValueError(f"config.json asks for {config.n_layer} layers, the file has {len(found)} "
                          "tensors")
@@ -1412,17 +1407,19 @@ def convert_heads(saved, config, weights):
     if saved.kv_heads % config.kv_heads:
         raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's "
                          f"{saved.kv_heads}")
-
-    def average(x):                                              # float64: equal heads stay exact
-        heads = x.unflatten(0, (config.kv_heads, -1, config.head_dim)).double()
-        return heads.mean(dim=1).flatten(0, 1).float()
     width = saved.kv_heads * saved.head_dim
     for name in weights:
         if "c_attn" in name:
             q, k, v = weights[name].split([saved.n_embd, width, width])
-            weights[name] = torch.cat((q, average(k), average(v)))
+            weights[name] = torch.cat((q, average_heads(k, config), average_heads(v, config)))
     yield (f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; fine-tune "
            "the model to recover its quality")
+
+
+def average_heads(x, config):
+    """The rows of config's key or value heads, each the mean of a group of those in x."""
+    heads = x.unflatten(0, (config.kv_heads, -1, config.head_dim))
+    return heads.double().mean(dim=1).flatten(0, 1).float()      # float64: equal heads stay exact
 
 
 def convert_window(saved, config):

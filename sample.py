@@ -27,6 +27,7 @@ from data.cli import UsageError, UserError, flag, parse_flags, refuse, run_main,
 from data.prepare import open_text
 from data.tokenizer import load_tokenizer, replace_surrogates
 from model import (
+    CONVERTIBLE,
     GPT2,
     SOURCES,
     GPT2Config,
@@ -65,8 +66,7 @@ class Sampling:
 
 
 # Fields of GPT2Config that may be changed in the weights that are read
-CHANGES = ("block_size", "rope", "rope_theta", "gqa", "n_kv_head", "sliding_window", "window_size",
-           "flash")
+CHANGES = CONVERTIBLE - {"dropout"}
 
 
 def parse_command_line():

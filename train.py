@@ -237,20 +237,14 @@ def resolve(typed):
     """
     asked = Run(**{name: value for name, value in typed.items() if name in RUN})
     source = asked.init_from
+    checkpoint = None
     if source in ("resume", "auto"):
-        found = os.path.exists(f"{asked.out_dir}/{STATE}")
-        check_same(f"checkpoint found in {asked.out_dir} (put it on a disk that all machines "
-                   "share)", found)
-        old = os.path.exists(f"{asked.out_dir}/training_state.pt")
-        if not found and (old or source == "resume"):
-            raise UserError(f"there is no checkpoint in {asked.out_dir} to resume"
-                            + advice_on_old_layout(asked.out_dir))
-        source = "resume" if found else "scratch"
+        checkpoint = find_checkpoint(asked.out_dir, must_exist=source == "resume")
+        source = "resume" if checkpoint else "scratch"
     elif source != "scratch" and not is_pretrained(source):
         raise UsageError(f"--init_from={source} is not scratch, resume, auto, {SOURCES}")
     if asked.size and source != "scratch":
         raise UsageError("--size has no effect on weights that have a size: leave it out")
-    checkpoint = None
     saved = {}
     recipe = FINETUNE
     if source == "scratch":
@@ -260,9 +254,6 @@ def resolve(typed):
                              f"{SOURCES}")
     elif source == "resume":
         recipe = {}
-        checkpoint = Checkpoint(asked.out_dir)
-        check_same(f"step of the checkpoint in {asked.out_dir} (put it on a disk that all "
-                   "machines share)", checkpoint.state.step)
         saved = checkpoint.settings
         check_contradictions(typed, saved, asked.out_dir)
     settings = {**recipe, **saved, **typed, "init_from": source}
@@ -302,11 +293,10 @@ def check_accumulation(run):
     steps = run.gradient_accumulation_steps
     ranks = world_size()
     if steps % ranks:
-        lower = steps // ranks * ranks
-        near = f"{lower} or {lower + ranks}" if lower else f"{ranks}"
         fewer = max(n for n in range(1, ranks) if steps % n == 0)
         raise UsageError(f"--gradient_accumulation_steps={steps} counts over all processes and "
-                         f"does not divide among {ranks}: use {near}, or --nproc_per_node={fewer}")
+                         f"does not divide among {ranks}: use {steps + -steps % ranks}, or "
+                         f"--nproc_per_node={fewer}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -387,14 +377,14 @@ def gather(value):
     return values
 
 
-def main_first(work):
-    """Call work() in the main process, then in the first process of each machine, which finds the
-    work done if the machines share a disk. Every process waits."""
+def main_first(work, name):
+    """Call work(name) in the main process, then in the first process of each machine, which finds
+    the work done if the machines share a disk. Every process waits."""
     if is_main():
-        work()
+        work(name)
     gather(None)
     if os.environ.get("LOCAL_RANK") == "0":
-        work()
+        work(name)
     gather(None)
 
 
@@ -578,8 +568,6 @@ class Checkpoint:
                 check_saved_flag(name, value)
             config = GPT2Config(**shape)
             self.settings = {**run, **asdict(config)}
-            if config.n_layer > len(self.tensors):               # or it takes hours to build them
-                raise ValueError(f"it has fewer tensors than n_layer={config.n_layer}")
             with torch.device("meta"):
                 parameters = dict(GPT2(config).named_parameters())
             for name, p in parameters.items():
@@ -589,7 +577,7 @@ class Checkpoint:
             raise UserError(self.damaged(error)) from None
         self.weights = {name: self.tensors.pop(name) for name in parameters}
         for name in self.tensors:                                # optimizer.NUMBER.KEY.PARAMETER
-            if name.split(".", 3)[-1] not in parameters or not name.split(".")[1].isdecimal():
+            if name.split(".", 3)[-1] not in parameters:
                 raise UserError(f"{self.path} was written by another version of the code: it holds "
                                 f"{name!r:.80}")
 
@@ -629,15 +617,24 @@ class Checkpoint:
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
-            # It keeps the same for all matrices, and for all vectors.
-            kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
-            if len(kept) > len({p.dim() for p in ordered}):
-                raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if state:
             raise UserError(f"{self.path} divides the parameters among the optimizers in another "
                             "way than this run")
+
+
+def find_checkpoint(out_dir, must_exist):
+    """-> the Checkpoint in out_dir, the same in every process; None if there is none."""
+    checkpoint = None
+    if os.path.exists(f"{out_dir}/{STATE}"):
+        checkpoint = Checkpoint(out_dir)
+    elif must_exist or os.path.exists(f"{out_dir}/training_state.pt"):
+        raise UserError(f"there is no checkpoint in {out_dir} to resume"
+                        + advice_on_old_layout(out_dir))
+    check_same(f"step of the checkpoint in {out_dir} (put it on a disk that all machines share)",
+               checkpoint and checkpoint.state.step)
+    return checkpoint
 
 
 def check_saved_flag(name, value):
@@ -669,9 +666,23 @@ def placed(value, p):
     return tensor
 
 
-def save_state(trainer, tokenizer, fingerprints):
+def save_checkpoint(trainer, tokenizer, export):
+    """Write the training state, and before it the model if `export`. Every process must call it."""
+    run = trainer.run
+    step = trainer.state.step
+    try:
+        if export:
+            save_export(trainer, tokenizer)
+        save_state(trainer, tokenizer)
+    except OSError as error:
+        raise UserError(f"the checkpoint of step {step} cannot be saved in {run.out_dir}: {error}. "
+                        f"{last_checkpoint(trainer)}") from None
+    trainer.saved_step = step
+
+
+def save_state(trainer, tokenizer):
     """Write the training state. Every process must call it; the main process writes, and holds one
-    whole tensor at a time. fingerprints: of the data, {split: fingerprint}."""
+    whole tensor at a time."""
     run = trainer.run
     tensors = dict(trainer.parameters)
     for i, optimizer in enumerate(trainer.optimizers):
@@ -686,6 +697,7 @@ def save_state(trainer, tokenizer, fingerprints):
         return exhaust(whole)
     settings = {name: value for name, value in asdict(run).items()
                 if "runtime" not in RUN[name].metadata}
+    fingerprints = {split: data.fingerprint for split, data in trainer.splits.items()}
     saved = {"state": asdict(trainer.state), "run": settings, "config": asdict(trainer.config),
              "tokenizer": tokenizer.to_json(), "data": fingerprints, "tensors": list(tensors),
              "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
@@ -782,17 +794,15 @@ class Log:
         kept = [r for r in read_metrics(run.out_dir) if resumed and r["step"] <= step]
         with atomic_write(self.path) as f:                       # later records will come again
             f.writelines(json.dumps(record).encode() + b"\n" for record in kept)
-        self.file = open(self.path, "ab", buffering=0)           # nothing is left to flush
 
     def record(self, trainer, **values):
         if not is_main():
             return
         step = trainer.state.step
         values = {"step": step, "tokens": step * trainer.tokens_per_step, **values}
-        line = json.dumps(values).encode() + b"\n"
         try:
-            while line:
-                line = line[self.file.write(line):]
+            with open(self.path, "a") as f:
+                f.write(json.dumps(values) + "\n")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}. "
                             f"{last_checkpoint(trainer)}") from None
@@ -820,8 +830,9 @@ class Log:
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "tokens_per_second": round(speed, 1),
                   "memory": memory}
         left = (run.max_iters - step) * (now - self.began) / (step - self.first_step)
+        left = timedelta(seconds=int(left))
         text = (f"step {step:>{len(str(run.max_iters))}}/{run.max_iters}  loss {loss:.4f}  "
-                f"lr {rate:.1e}  norm {norm:.2f}  {speed:7,.0f} tok/s  {clock(left)} left")
+                f"lr {rate:.1e}  norm {norm:.2f}  {speed:7,.0f} tok/s  {left} left")
         if trainer.peak_flops:
             values["mfu"] = trainer.flops_per_step / seconds / world_size() / trainer.peak_flops
             text += f"  mfu {values['mfu']:.1%}"
@@ -933,27 +944,25 @@ def draw(path, curves, axes, low, high):
     """Write an SVG. curves: (label, points of a thin line, points to mark with dots), with points
     (x, y); axes: their two names; low and high: the range of y."""
     end = max(max(x for _, line, dots in curves for x, _ in line + dots), 1)
-
-    def at(x, y):
-        return round(64 + 672 * x / end, 1), round(16 + 340 * (high - y) / (high - low), 1)
+    ranges = (end, low, high)
     content = []
     for y in ticks(low, high):
-        _, py = at(0, y)
+        _, py = place((0, y), *ranges)
         content.append(f'<path class="grid" d="M64,{py}h672"/>'
                        f'<text x="56" y="{py + 4}" text-anchor="end">{y:.4g}</text>')
     for x in ticks(0, end):
-        px, _ = at(x, low)
+        px, _ = place((x, low), *ranges)
         content.append(f'<path class="grid" d="M{px},16v340"/>'
                        f'<text x="{px}" y="374" text-anchor="middle">{x:,.10g}</text>')
     for i, (label, line, dots) in enumerate(curves):
         color = COLORS[i % len(COLORS)]
         content.append('<g clip-path="url(#plot)">')
         for points, width in ((line, 1), (dots, 2)):
-            corners = " ".join(f"{px},{py}" for px, py in (at(*point) for point in points))
+            corners = " ".join("{},{}".format(*place(point, *ranges)) for point in points)
             content.append(f'<polyline stroke="{color}" stroke-width="{width}" '
                            f'points="{corners}"/>')
         if len(dots) <= 100:
-            content += [circle(*at(*point), color) for point in dots]
+            content += [circle(*place(point, *ranges), color) for point in dots]
         y = 420 + 18 * i
         label = label.replace("&", "&amp;").replace("<", "&lt;")
         content.append(f'</g><path stroke="{color}" stroke-width="2" d="M64,{y}h24"/>'
@@ -962,6 +971,12 @@ def draw(path, curves, axes, low, high):
                      content="\n".join(content))
     with atomic_write(path) as f:
         f.write(svg.encode("utf-8", "replace"))
+
+
+def place(point, end, low, high):
+    """Where a point (x, y) is in the picture."""
+    x, y = point
+    return round(64 + 672 * x / end, 1), round(16 + 340 * (high - y) / (high - low), 1)
 
 
 def circle(x, y, color):
@@ -974,12 +989,6 @@ def ticks(low, high):
     if high - low < 4 * step:
         step /= 2
     return [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-
-
-def clock(seconds):
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def peak_memory(device):
@@ -1014,14 +1023,17 @@ def peak_flops(device, dtype):
 # Building: data, model, optimizers
 
 
+def prepare_once(name):
+    """Prepare the data set `name` unless it is there."""
+    folder = f"{DATA}/{name}"
+    if not os.path.exists(f"{folder}/meta.json"):
+        DATASETS[name](folder)
+
+
 def open_data(run):
     """-> (folder, {split: paths}, tokenizer). A small data set with a name is prepared first."""
-    def prepare():
-        folder = f"{DATA}/{run.dataset}"
-        if not os.path.exists(f"{folder}/meta.json"):
-            DATASETS[run.dataset](folder)
     if run.dataset in DATASETS and run.dataset not in LARGE:
-        main_first(prepare)
+        main_first(prepare_once, run.dataset)
     folder, paths = find_data(run.dataset)
     if os.path.exists(f"{folder}/{ITEMS}"):
         if not run.eval_only:
@@ -1050,7 +1062,8 @@ def choose_model(run, shape, checkpoint, tokenizer):
             config = GPT2Config(**shape)
     else:                                                        # the exported model
         if not os.path.exists(source):                           # they are downloaded
-            main_first(lambda: (read_pretrained(source), load_tokenizer(source)))
+            main_first(read_pretrained, source)
+            main_first(load_tokenizer, source)
         saved_config, weights, notes = read_pretrained(source)
         trained_with = load_tokenizer(source)
         with usage_errors():
@@ -1066,11 +1079,11 @@ def choose_model(run, shape, checkpoint, tokenizer):
 
 
 def open_splits(folder, paths, config, checkpoint, run):
-    """-> ({split: TokenDataset}, {split: fingerprint}), checked to be those of the checkpoint."""
+    """-> {split: TokenDataset}, checked to be those of the checkpoint."""
     counts = token_counts(folder)
     splits = {split: TokenDataset(paths[split], config.block_size, config.vocab_size,
                                   counts.get(split)) for split in paths}
-    fingerprints = {split: data.fingerprint() for split, data in splits.items()}
+    fingerprints = {split: data.fingerprint for split, data in splits.items()}
     check_same(f"the data in {folder} must be the same in every process", fingerprints)
     if checkpoint and not run.eval_only:
         for split, now in fingerprints.items():
@@ -1080,7 +1093,7 @@ def open_splits(folder, paths, config, checkpoint, run):
                                 f"{run.out_dir}: it had {before}, now {now}. Restore it, or start "
                                 f"another run from these weights with --init_from={run.out_dir} "
                                 "--out_dir=...")
-    return splits, fingerprints
+    return splits
 
 
 def build_model(run, config, weights, device, dtype, compiled):
@@ -1093,7 +1106,10 @@ def build_model(run, config, weights, device, dtype, compiled):
             block.compile()
     model = shard(model, run, device, dtype)
     parameters = dict(model.named_parameters())
-    for name, whole in model.initial_weights(run.seed) if weights is None else weights.items():
+    values = model.initial_weights(run.seed)
+    if weights is not None:
+        values = weights.items()
+    for name, whole in values:
         fill(parameters[name], whole)
     return model
 
@@ -1539,9 +1555,8 @@ class StopSignals:
         self.handle(signal.SIGTERM, frame)
 
 
-def loop(trainer, log, save, tokenizer):
-    """Train, evaluate and save until max_iters or a signal. Returns the exit code. save(export)
-    writes a checkpoint."""
+def loop(trainer, log, tokenizer):
+    """Train, evaluate and save until max_iters or a signal. Returns the exit code."""
     run = trainer.run
     state = trainer.state
     signals = StopSignals()
@@ -1551,7 +1566,7 @@ def loop(trainer, log, save, tokenizer):
         due = finished or state.step % run.eval_interval == 0
         if due and state.evaluated_step != state.step:
             began = time.monotonic()
-            evaluate_and_save(trainer, log, save)
+            evaluate_and_save(trainer, log, tokenizer)
             every = run.sample_interval
             if every and (finished or state.step % every < run.eval_interval):
                 write_sample(trainer, tokenizer)
@@ -1564,11 +1579,11 @@ def loop(trainer, log, save, tokenizer):
             gc.collect()
             gc.freeze()                          # or Python would search all that stays, for 0.1 s
     if stopped and trainer.saved_step != state.step:
-        save(export=run.always_save_checkpoint)
+        save_checkpoint(trainer, tokenizer, export=run.always_save_checkpoint)
     return stopped
 
 
-def evaluate_and_save(trainer, log, save):
+def evaluate_and_save(trainer, log, tokenizer):
     run = trainer.run
     state = trainer.state
     losses = {}
@@ -1588,7 +1603,7 @@ def evaluate_and_save(trainer, log, save):
              f"{losses['val_loss']:.4f}{' (best)' if better else ''}")
     if run.always_save_checkpoint and state.step == log.first_step:
         return                                                   # nothing has been learned yet
-    save(export=better or run.always_save_checkpoint)
+    save_checkpoint(trainer, tokenizer, export=better or run.always_save_checkpoint)
 
 
 def write_sample(trainer, tokenizer):
@@ -1778,7 +1793,7 @@ def train(typed, device, why_device):
         compiled, why_compile = choose_compile(run.compile, device)
     folder, paths, tokenizer = open_data(run)
     config, weights = choose_model(run, shape, checkpoint, tokenizer)
-    splits, fingerprints = open_splits(folder, paths, config, checkpoint, run)
+    splits = open_splits(folder, paths, config, checkpoint, run)
     if run.eval_only or run.benchmark:
         checkpoint = None                                        # these look at the exported model
     model = build_model(run, config, weights, device, dtype, compiled)
@@ -1801,10 +1816,10 @@ def train(typed, device, why_device):
     trainer.start()
     if run.benchmark:
         return benchmark(trainer)
-    return run_training(trainer, tokenizer, fingerprints)
+    return run_training(trainer, tokenizer)
 
 
-def run_training(trainer, tokenizer, fingerprints):
+def run_training(trainer, tokenizer):
     run = trainer.run
     state = trainer.state
     if is_main():
@@ -1817,17 +1832,7 @@ def run_training(trainer, tokenizer, fingerprints):
             announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files "
                      "are not in tiktoken's cache. sample.py and data/prepare.py download them")
     log = Log(run, trainer.config, state.step, trainer.saved_step is not None)
-
-    def save(export):
-        try:
-            if export:
-                save_export(trainer, tokenizer)
-            save_state(trainer, tokenizer, fingerprints)
-        except OSError as error:
-            raise UserError(f"the checkpoint of step {state.step} cannot be saved in "
-                            f"{run.out_dir}: {error}. {last_checkpoint(trainer)}") from None
-        trainer.saved_step = state.step
-    stopped = loop(trainer, log, save, tokenizer)
+    stopped = loop(trainer, log, tokenizer)
     log.close()
     curves = draw_curves(run.out_dir) if is_main() else ""
     if stopped:
@@ -1836,8 +1841,9 @@ def run_training(trainer, tokenizer, fingerprints):
         return stopped
     if not run.always_save_checkpoint and state.best_step == 0:
         say("\nThe validation loss never improved. Try a lower --learning_rate")
-    say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), "
-        f"{clock(time.monotonic() - log.began)} of training\n"
+    took = timedelta(seconds=int(time.monotonic() - log.began))
+    say(f"\nbest validation loss {state.best_val_loss:.4f} (step {state.best_step}), {took} of "
+        "training\n"
         f"{curves}\n"
         f"Sample with\n    python sample.py{out_dir_flag(run)}")
 

@@ -134,9 +134,8 @@ def boolean(text):
 def refuse_unknown(argument, flags):
     name = argument.split("=")[0]
     if not name.startswith("-"):
-        config = " (config files are not run: type their lines as flags)"
-        raise UsageError(f"unknown argument {argument!r}: values are given as --name=value"
-                         + (config if name.endswith(".py") else ""))
+        raise UsageError(f"unknown argument {argument!r}: values are given as --name=value; config "
+                         "files are not run, type their lines as flags")
     bare = name.lstrip("-").removeprefix("no-").replace("-", "_")
     near = [SYNONYMS[bare]] if SYNONYMS.get(bare) in flags else []
     near = near or difflib.get_close_matches(bare, flags, 1)
@@ -253,12 +252,15 @@ class Progress:
     def show(self, done, size=None):
         """done: the amount so far; size: the final one or None. The first call sets the start."""
         now = time.monotonic()
+        pause = 10.0
         terminal = sys.stderr.isatty()
+        if terminal:
+            pause = 0.2
         if self.started is None:
             self.started = self.printed = now
             self.first = done
         last = done == size and self.printed > self.started      # completes a line printed before
-        if self.finished or not last and now - self.printed <= (0.2 if terminal else 10):
+        if self.finished or not last and now - self.printed <= pause:
             return
         self.printed = now
         self.finished = done == size

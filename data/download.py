@@ -75,7 +75,7 @@ def download(url, path, sha256=None, token=None, show=None):
     except requests.RequestException as error:                   # its text may contain the token
         problem = type(error).__name__
         raise ConnectionError(f"{url}: the connection failed ({problem}). "
-                              + connection_advice(problem, path, part)) from None
+                              + connection_advice(path, part)) from None
     except (ConnectionError, FileNotFoundError):                 # the server's answer
         raise
     except OSError as error:
@@ -124,9 +124,9 @@ def fetch(session, url, part, show):
         served = reply.headers.get("Content-Range", "")
         if reply.status_code != 206 or not served.startswith(f"bytes {have}-"):
             have = 0                                             # the server sends the whole file
-        length = reply.headers.get("Content-Length", "")
-        if size is None and re.fullmatch(r"[0-9]{1,15}", length):
-            size = have + int(length)
+        length = number(reply.headers.get("Content-Length", ""))
+        if size is None and length is not None:
+            size = have + length
         show(have, size)
         with lock(part) as f:                                    # one run at a time appends
             if have == 0:
@@ -148,20 +148,28 @@ def announcement(reply):
     """
     answers = [*reply.history, reply]
     for answer in answers:
-        etag = bare_etag(answer.headers.get("X-Linked-Etag", ""))
-        if etag:
-            size = answer.headers.get("X-Linked-Size", "")
-            return (int(size) if re.fullmatch(r"[0-9]{1,15}", size) else None,
-                    etag if re.fullmatch(r"[0-9a-f]{64}", etag) else None)
-    etag = bare_etag(reply.headers.get("ETag", ""))
+        if "X-Linked-Etag" in answer.headers:
+            size = number(answer.headers.get("X-Linked-Size", ""))
+            return size, hash_in(answer.headers["X-Linked-Etag"], 64)
     same_host = urlsplit(reply.url).netloc == urlsplit(answers[0].url).netloc
-    if reply.ok and same_host and re.fullmatch(r"[0-9a-f]{40}", etag):
-        return None, etag
+    if reply.ok and same_host:
+        return None, hash_in(reply.headers.get("ETag", ""), 40)
     return None, None
 
 
-def bare_etag(text):
-    return text.removeprefix("W/").strip('"').lower()
+def number(text):
+    """The number that a header holds; None if it holds something else."""
+    if re.fullmatch("[0-9]{1,15}", text):
+        return int(text)
+    return None
+
+
+def hash_in(etag, digits):
+    """The hash of so many hexadecimal digits that an ETag holds; None if it holds something else"""
+    bare = etag.removeprefix("W/").strip('"').lower()
+    if re.fullmatch(f"[0-9a-f]{{{digits}}}", bare):
+        return bare
+    return None
 
 
 def check_status(reply, url):
@@ -175,11 +183,9 @@ def check_status(reply, url):
     raise ConnectionError(f"{url}: HTTP {reply.status_code}: {known}")
 
 
-def connection_advice(problem, path, part):
+def connection_advice(path, part):
     if bytes_in(part):
         return f"{bytes_in(part):,} bytes are kept: run it again to continue"
-    if problem == "ProxyError":
-        return "Check the proxy in HTTPS_PROXY"
     return (f"Without a network, copy the file to {path}. HTTPS_PROXY sets a proxy, HF_ENDPOINT a "
             "mirror of the hub")
 

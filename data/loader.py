@@ -1,6 +1,7 @@
 """
 Reading token files: as samples for training, in an order that any number of processes can share.
 """
+import functools
 import glob
 import json
 import os
@@ -210,6 +211,7 @@ class TokenDataset(Dataset):
         first = np.where(begin == 0, 1, begin - stride + T + 1)
         return np.stack((file, begin, first, end), axis=1)
 
+    @functools.cached_property
     def fingerprint(self):
         """A text that differs between data sets, from the sizes and a sample of the tokens."""
         crc = 0
@@ -235,9 +237,6 @@ class EndlessSampler(DistributedSampler):
         self.ends = [0]                                          # of the pieces
         for end in map(int, dataset.ends):
             self.ends += [*range(self.ends[-1] + PIECE, end, PIECE), end]
-
-    def __len__(self):
-        raise TypeError("an EndlessSampler has no length")
 
     def __iter__(self):
         position = self.consumed // len(self.dataset) * len(self.dataset)

@@ -17,7 +17,6 @@ nanoGPT) and meta.json (the tokenizer). FineWeb's shards keep llm.c's format.
 """
 import codecs
 import contextlib
-import difflib
 import gzip
 import inspect
 import itertools
@@ -31,6 +30,7 @@ import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -63,10 +63,11 @@ def stdlib(folder, source=None):
     # ASCII files only, so that there are about 100 different characters.
     paths = [path for path in walk(root, skipped)
              if path.endswith(".py") and Path(path).read_bytes().isascii()]
+    write_tokens(folder, paths, partial(read_source, root), "char")
 
-    def read(path, f):
-        yield os.path.relpath(path, root), None, read_pieces(f)
-    write_tokens(folder, paths, read, "char")
+
+def read_source(root, path, f):
+    yield os.path.relpath(path, root), None, read_pieces(f)
 
 
 def walk(root, skipped=()):
@@ -111,14 +112,17 @@ def tinystories(folder, source=None):
     for name, path in zip(names, paths, strict=True):
         if not source and not os.path.exists(path):
             hub_download("datasets/roneneldan/TinyStories", name, path)
+    write_tokens(folder, paths, read_stories, "gpt2")
 
-    def read(path, f):
-        split = "train" if path == paths[0] else "val"
-        for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
-            story = "".join(lines).strip()
-            if story and not end:
-                yield path, split, [story]
-    write_tokens(folder, paths, read, "gpt2")
+
+def read_stories(path, f):
+    split = "train"
+    if path.endswith("-valid.txt"):
+        split = "val"
+    for end, lines in itertools.groupby(f, lambda line: line.strip() == "<|endoftext|>"):
+        story = "".join(lines).strip()
+        if story and not end:
+            yield path, split, [story]
 
 
 def fineweb(folder, shards=103):
@@ -243,12 +247,11 @@ class Piece:
 
 
 @contextlib.contextmanager
-def open_text(path, mode="rt"):
+def open_text(path):
     """Open a file that may be a .gz. UserError if it turns out to be damaged, or not UTF-8."""
     opener = gzip.open if path.endswith(".gz") else open
-    options = {} if "b" in mode else {"encoding": "utf-8-sig", "newline": ""}
     try:
-        with opener(path, mode, **options) as f:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
             yield f
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): repair it, convert it to UTF-8, or "
@@ -256,8 +259,8 @@ def open_text(path, mode="rt"):
 
 
 def is_binary(path):
-    with contextlib.suppress(UserError), open_text(path, "rb") as f:
-        start = f.read(1 << 16)
+    with contextlib.suppress(UserError), open_text(path) as f:
+        start = f.buffer.read(1 << 16)
         utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return b"\0" in start and not utf16
     return False                                 # damaged: `read_all` reports it
@@ -605,10 +608,8 @@ def prepare_own(paths, typed):
             raise UsageError("openwebtext is not on the hub as plain files: use fineweb_edu or "
                              "fineweb in its place. Tokens made by nanoGPT work: put its train.bin "
                              "and val.bin in data/openwebtext")
-        near = difflib.get_close_matches(missing[0], DATASETS, 1)
-        hint = f": did you mean {near[0]}?" if near else ""
         raise UsageError(f"{missing[0]!r} is not a data set ({', '.join(DATASETS)}), a file or a "
-                         f"folder{hint}")
+                         "folder")
     if "name" not in typed:
         raise UsageError("give your data a name: --name=NAME")
     if typed["name"] in DATASETS:

@@ -238,14 +238,14 @@ def replace_surrogates(text):
 
 def bpe_cache():
     """{address: path in tiktoken's cache} of GPT-2's tables: the merges and the vocabulary."""
-    # By default tiktoken keeps its files in a temporary folder, which a reboot may empty.
-    if not {"TIKTOKEN_CACHE_DIR", "DATA_GYM_CACHE_DIR"} & os.environ.keys():
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:   # a temporary folder, which a reboot may empty
         folder = os.path.expanduser("~/.cache/tiktoken")
-        with contextlib.suppress(OSError):                       # a home that cannot be written
+        try:
             os.makedirs(folder, exist_ok=True)
-            os.environ["TIKTOKEN_CACHE_DIR"] = folder
-    temporary = os.path.join(tempfile.gettempdir(), "data-gym-cache")
-    folder = os.environ.get("TIKTOKEN_CACHE_DIR", os.environ.get("DATA_GYM_CACHE_DIR", temporary))
+        except OSError:                                          # a home that cannot be written
+            folder = tempfile.gettempdir()
+        os.environ["TIKTOKEN_CACHE_DIR"] = folder
+    folder = os.environ["TIKTOKEN_CACHE_DIR"]
     addresses = [BPE_URL + "vocab.bpe", BPE_URL + "encoder.json"]
     return {address: os.path.join(folder, hashlib.sha1(address.encode()).hexdigest())
             for address in addresses}
