@@ -2436,6 +2436,24 @@ def test_pairs(tmp_path, capsys, kind):
     assert sorted(found) == sorted(made)
 
 
+def test_few_pairs(tmp_path, capsys):
+    """Fails if a pair is divided between training and validation, or one of them gets none."""
+    command = ["prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set", "--pairs",
+               "--tokenizer=char"]
+    for count, kept in ((1, None), (2, 1), (3, 1), (11, 2)):
+        made = [(f"{i}? " * 9 ** (i % 4), f"{WORDS[i]}\n" * i) for i in range(count)]
+        records = (json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in made)
+        (tmp_path / "x.jsonl").write_text("".join(records))
+        code, _, err = here(capsys, *command)
+        if kept is None:
+            assert code == 1 and "--val_frac=0.1 of 1 pairs leaves none to train on" in err
+            continue
+        t = load_tokenizer(tmp_path / "set")
+        train, val = (t.decode(read_bin(tmp_path / "set", split)).split("<|endoftext|>")
+                      for split in ("train", "val"))
+        assert sorted(train + val) == sorted(map("".join, made)) and len(val) == kept
+
+
 def test_skip_bad(tmp_path, capsys):
     """Fails if one bad file stops a folder, one is left out without a word or by default, or the
     text before the bad place stays."""
