@@ -2464,11 +2464,15 @@ def test_skip_bad(tmp_path, capsys):
     good = {"good.txt": b"abba" * 9, "good.jsonl": b'{"text": "dada"}'}
     for name, content in {**bad, **good}.items():
         (tmp_path / "in" / name).write_bytes(content)
+    if sys.platform == "linux":
+        bad["broken.txt"] = "/proc/self/mem"                     # opens, but cannot be read
+        os.symlink(bad["broken.txt"], tmp_path / "in/broken.txt")
     command = ["prepare", tmp_path / "in", f"--name={tmp_path}/set", "--tokenizer=char",
                "--val_frac=1"]
     assert here(capsys, *command)[0] == 1
     code, out, _ = here(capsys, *command, "--skip_bad")
-    assert code == 0 and out.count("left out: ") == 3 and all(f"in/{name}" in out for name in bad)
+    assert code == 0 and out.count("left out: ") == len(bad)
+    assert all(f"in/{name}" in out for name in bad)
     text = load_tokenizer(tmp_path / "set").decode(read_bin(tmp_path / "set", "val"))
     assert text == "dada<|endoftext|>" + "abba" * 9
 
@@ -4530,6 +4534,16 @@ def test_items_one_by_one(item_sets, capsys, monkeypatch, name):
 
 
 @needs_bpe
+def test_uneven_items_are_refused(tmp_path):
+    """Fails if items with different numbers of endings are found to be damaged only in train.py."""
+    record = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "label": 0}
+    lines = (json.dumps({**record, "endings": ["x"] * count}) + "\n" for count in (4, 3))
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    with pytest.raises(cli.UserError, match="line 2: not an item"):
+        prepare.hellaswag(str(tmp_path / "set"), str(tmp_path / "x.jsonl"))
+
+
+@needs_bpe
 @fsdp_and_slowly_ddp
 def test_items_in_all_modes(item_sets, tmp_path, mode):
     """Fails if processes share the endings wrongly, or one is left out of a forward pass."""
@@ -4918,6 +4932,7 @@ prepare  2  fineweb --shards=104                                   there are 103
 prepare  2  hellaswag --shards=2                                   no effect on hellaswag
 prepare  2  openwebtext                                            use fineweb_edu or fineweb in its place
 prepare  1  hellaswag --source={bad}/x.jsonl                       x.jsonl, line 1: not an item of hellaswag
+prepare  1  hellaswag --source={bad}/file                          file holds no items
 prepare  2  {bad}/text --name=x --pairs                            --pairs reads .jsonl files
 prepare  2  {bad}/x.jsonl --name=x --pairs=text                    must be two names
 prepare  2  {bad}/x.jsonl --name=x --pairs --field=a               no effect with --pairs

@@ -257,7 +257,7 @@ def open_text(path, mode="rt"):
 
 
 def is_binary(path):
-    with contextlib.suppress(UserError), open_text(path, "rb") as f:
+    with contextlib.suppress(UserError, OSError), open_text(path, "rb") as f:
         start = f.read(1 << 16)
         utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return b"\0" in start and not utf16
@@ -270,7 +270,7 @@ def is_good(path, read):
         for _ in read_all([path], read):
             pass
     except (UserError, OSError) as error:
-        print(f"left out: {error}")
+        print("left out:", error if path in str(error) else f"{path}: {error}")
         return False
     return True
 
@@ -531,7 +531,8 @@ def write_items(folder, path, item):
         for number, record in json_records(path, f):
             try:
                 text, endings, label = item(record)
-                if not text.strip() or label not in range(len(endings)):
+                uneven = items and len(endings) != len(items[0]["endings"])
+                if not text.strip() or label not in range(len(endings)) or uneven:
                     raise ValueError
             except (LookupError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{path}, line {number}: not an item of "
@@ -545,6 +546,8 @@ def write_items(folder, path, item):
                 places.append((begin, begin + len(before), end, len(ending)))
                 begin = end
             items.append({"label": label, "endings": places})
+    if not items:
+        raise UserError(f"{path} holds no items")
     tokens = {"train": 0, "val": begin}
     with new_folder(folder) as part:
         for split, ids in (("train", rows[:1]), ("val", rows)):
