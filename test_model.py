@@ -2922,6 +2922,19 @@ def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
     assert blocks[-1][1] == "".join(f"    | {line}\n" for line in text.split("\n"))
 
 
+def test_texts_of_pairs(tmp_path, capsys):
+    """Fails if a text does not begin with the first prompt to validate, or if it shows the
+    end-of-text token where the model ends it."""
+    (tmp_path / "x.jsonl").write_text('{"prompt": "abc\\nd? ", "completion": ""}\n' * 99)
+    here(capsys, "prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set", "--pairs",
+         "--tokenizer=char")
+    code, out, err = here(capsys, "train", *flags(
+        dataset=tmp_path / "set", out_dir=tmp_path / "out", max_iters=20, eval_interval=20,
+        learning_rate=3e-2, sample_interval=20))
+    assert code == 0, err
+    assert out.split("--- step 20")[1].splitlines()[1:4] == ["    | abc", "    | d? ", ""]
+
+
 def test_what_a_run_leaves(straight, tmp_path, capsys, monkeypatch):
     """Fails if metrics.jsonl lacks a step or has it twice, if no browser opens the picture, or if a
     comparison overwrites a run's own curve."""
