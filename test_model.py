@@ -2432,6 +2432,24 @@ def test_pairs(tmp_path, capsys, kind):
     assert sorted(found) == sorted(made)
 
 
+def test_few_pairs(tmp_path, capsys):
+    """Fails if a pair is divided between training and validation, or one of them gets none."""
+    command = ["prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set", "--pairs",
+               "--tokenizer=char"]
+    for count, kept in ((1, None), (2, 1), (3, 1), (11, 2)):
+        made = [(f"{i}? " * 9 ** (i % 4), f"{WORDS[i]}\n" * i) for i in range(count)]
+        records = (json.dumps({"prompt": q, "completion": a}) + "\n" for q, a in made)
+        (tmp_path / "x.jsonl").write_text("".join(records))
+        code, _, err = here(capsys, *command)
+        if kept is None:
+            assert code == 1 and "--val_frac=0.1 of 1 pairs leaves none to train on" in err
+            continue
+        t = load_tokenizer(tmp_path / "set")
+        train, val = (t.decode(read_bin(tmp_path / "set", split)).split("<|endoftext|>")
+                      for split in ("train", "val"))
+        assert sorted(train + val) == sorted(map("".join, made)) and len(val) == kept
+
+
 def test_skip_bad(tmp_path, capsys):
     """Fails if one bad file stops a folder, one is left out without a word or by default, or the
     text before the bad place stays."""
@@ -2442,11 +2460,15 @@ def test_skip_bad(tmp_path, capsys):
     good = {"good.txt": b"abba" * 9, "good.jsonl": b'{"text": "dada"}'}
     for name, content in {**bad, **good}.items():
         (tmp_path / "in" / name).write_bytes(content)
+    if sys.platform == "linux":
+        bad["broken.txt"] = "/proc/self/mem"                     # opens, but cannot be read
+        os.symlink(bad["broken.txt"], tmp_path / "in/broken.txt")
     command = ["prepare", tmp_path / "in", f"--name={tmp_path}/set", "--tokenizer=char",
                "--val_frac=1"]
     assert here(capsys, *command)[0] == 1
     code, out, _ = here(capsys, *command, "--skip_bad")
-    assert code == 0 and out.count("left out: ") == 3 and all(f"in/{name}" in out for name in bad)
+    assert code == 0 and out.count("left out: ") == len(bad)
+    assert all(f"in/{name}" in out for name in bad)
     text = load_tokenizer(tmp_path / "set").decode(read_bin(tmp_path / "set", "val"))
     assert text == "dada<|endoftext|>" + "abba" * 9
 
@@ -2893,6 +2915,19 @@ def test_texts_change_nothing(data, straight, tmp_path, mode, ranks):
                          generator=torch.Generator().manual_seed(1337))
     text = table.decode(ids[0, 1:].tolist()).strip("\n")
     assert blocks[-1][1] == "".join(f"    | {line}\n" for line in text.split("\n"))
+
+
+def test_texts_of_pairs(tmp_path, capsys):
+    """Fails if a text does not begin with the first prompt to validate, or if it shows the
+    end-of-text token where the model ends it."""
+    (tmp_path / "x.jsonl").write_text('{"prompt": "abc\\nd? ", "completion": ""}\n' * 99)
+    here(capsys, "prepare", tmp_path / "x.jsonl", f"--name={tmp_path}/set", "--pairs",
+         "--tokenizer=char")
+    code, out, err = here(capsys, "train", *flags(
+        dataset=tmp_path / "set", out_dir=tmp_path / "out", max_iters=20, eval_interval=20,
+        learning_rate=3e-2, sample_interval=20))
+    assert code == 0, err
+    assert out.split("--- step 20")[1].splitlines()[1:4] == ["    | abc", "    | d? ", ""]
 
 
 def test_what_a_run_leaves(straight, tmp_path, capsys, monkeypatch):
@@ -4455,6 +4490,16 @@ def test_items_one_by_one(item_sets, capsys, monkeypatch, name):
 
 
 @needs_bpe
+def test_uneven_items_are_refused(tmp_path):
+    """Fails if items with different numbers of endings are found to be damaged only in train.py."""
+    record = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "label": 0}
+    lines = (json.dumps({**record, "endings": ["x"] * count}) + "\n" for count in (4, 3))
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    with pytest.raises(cli.UserError, match="line 2: not an item"):
+        prepare.hellaswag(str(tmp_path / "set"), str(tmp_path / "x.jsonl"))
+
+
+@needs_bpe
 @fsdp_and_slowly_ddp
 def test_items_in_all_modes(item_sets, tmp_path, mode):
     """Fails if processes share the endings wrongly, or one is left out of a forward pass."""
@@ -4840,6 +4885,7 @@ prepare  2  fineweb --shards=104                                   there are 103
 prepare  2  hellaswag --shards=2                                   no effect on hellaswag
 prepare  2  openwebtext                                            use fineweb_edu or fineweb in its place
 prepare  1  hellaswag --source={bad}/x.jsonl                       x.jsonl, line 1: not an item of hellaswag
+prepare  1  hellaswag --source={bad}/file                          file holds no items
 prepare  2  {bad}/text --name=x --pairs                            --pairs reads .jsonl files
 prepare  2  {bad}/x.jsonl --name=x --pairs=text                    must be two names
 prepare  2  {bad}/x.jsonl --name=x --pairs --field=a               no effect with --pairs

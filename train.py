@@ -1610,14 +1610,26 @@ def write_sample(trainer, tokenizer):
     """Print a short text by the model. Every process writes the same one, with a random generator
     of its own, as every process has to take part under FSDP."""
     generator = torch.Generator(trainer.device).manual_seed(trainer.run.seed)
-    prompt = torch.tensor([tokenizer.encode(tokenizer.default_prompt()).tolist()])
+    end = tokenizer.end_of_text
+    prompt = sample_prompt(trainer.splits["val"], tokenizer)
+    idx = torch.from_numpy(prompt.astype(np.int64))[None].to(trainer.device)
     with trainer.context, torch.compiler.set_stance("force_eager"):
-        stream = trainer.model.stream(prompt.to(trainer.device), 128, 0.8, top_k=200,
-                                      generator=generator, stop_token=tokenizer.end_of_text)
-        text = tokenizer.decode([int(token) for token in stream])
+        stream = trainer.model.stream(idx, 128, 0.8, top_k=200, generator=generator, stop_token=end)
+        written = [token for token in map(int, stream) if token != end]
     if trainer.run.fsdp:
         trainer.model.reshard()
+    text = tokenizer.decode([*prompt, *written])
     say(textwrap.indent(text.strip("\n"), "    | ", lambda line: True))
+
+
+def sample_prompt(data, tokenizer):
+    """The ids of the first prompt of masked data, if it has one within block_size; else of the
+    tokenizer's default."""
+    if data.masks[0] is not None:
+        length = int(data.masks[0][:data.block_size].argmax())   # 0 if none counts
+        if length:
+            return data.read(0, 0, length)
+    return tokenizer.encode(tokenizer.default_prompt())
 
 
 def train_step(trainer, signals):

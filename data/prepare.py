@@ -21,6 +21,7 @@ import gzip
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -259,7 +260,7 @@ def open_text(path):
 
 
 def is_binary(path):
-    with contextlib.suppress(UserError), open_text(path) as f:
+    with contextlib.suppress(UserError, OSError), open_text(path) as f:
         start = f.buffer.read(1 << 16)
         utf16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         return b"\0" in start and not utf16
@@ -272,7 +273,7 @@ def is_good(path, read):
         for _ in read_all([path], read):
             pass
     except (UserError, OSError) as error:
-        print(f"left out: {error}")
+        print("left out:", error if path in str(error) else f"{path}: {error}")
         return False
     return True
 
@@ -358,7 +359,7 @@ def write_tokens(folder, files, read, tokenizer, val_frac=0.1, masked=False):
         tokenizer = CharTokenizer(characters, len(characters) if len(sizes) > 1 else None)
     else:
         tokenizer = GPT2Tokenizer()
-    pieces = assign_splits(read_all(files, read), sizes, val_frac)
+    pieces = assign_splits(read_all(files, read), sizes, val_frac, whole=masked)
     tokens = {"train": 0, "val": 0}
     progress = Progress(name)
     with new_folder(folder) as part, contextlib.ExitStack() as files:
@@ -437,20 +438,26 @@ def name_hash(name):
     return zlib.crc32(name.replace(os.sep, "/").encode("utf-8", "replace")) / 2**32
 
 
-def assign_splits(pieces, sizes, val_frac):
+def assign_splits(pieces, sizes, val_frac, whole):
     """Yield the pieces, each with its split. A hash of the document's name decides. If that would
     miss val_frac by far, because the documents are few or unequal, the last part of the text is for
-    validation instead."""
+    validation instead. whole: keep documents whole, and val_frac of their number to validate."""
+    limit = val_frac
     total = sum(sizes.values())
     hashed = sum(size for share, size in sizes.items() if share < val_frac)
     few = not 0.25 * val_frac * total <= hashed <= 4 * val_frac * total
-    if total and val_frac < 1 and (few or hashed == total):
-        cut = int(total * (1 - val_frac))
-        yield from split_at(pieces, cut)
+    if whole and val_frac < 1:
+        kept = math.ceil(len(sizes) * val_frac)
+        if kept == len(sizes):
+            raise UserError(f"--val_frac={val_frac} of {kept} pairs leaves none to train on: add "
+                            "pairs")
+        limit = sorted(sizes)[kept]
+    elif total and val_frac < 1 and (few or hashed == total):
+        yield from split_at(pieces, int(total * (1 - val_frac)))
         return
     for piece in pieces:
         if piece.split is None:
-            piece.split = "val" if name_hash(piece.document) < val_frac else "train"
+            piece.split = "val" if name_hash(piece.document) < limit else "train"
         yield piece
 
 
@@ -527,7 +534,8 @@ def write_items(folder, path, item):
         for number, record in json_records(path, f):
             try:
                 text, endings, label = item(record)
-                if not text.strip() or label not in range(len(endings)):
+                uneven = items and len(endings) != len(items[0]["endings"])
+                if not text.strip() or label not in range(len(endings)) or uneven:
                     raise ValueError
             except (LookupError, TypeError, ValueError, AttributeError):
                 raise UserError(f"{path}, line {number}: not an item of "
@@ -541,6 +549,8 @@ def write_items(folder, path, item):
                 places.append((begin, begin + len(before), end, len(ending)))
                 begin = end
             items.append({"label": label, "endings": places})
+    if not items:
+        raise UserError(f"{path} holds no items")
     tokens = {"train": 0, "val": begin}
     with new_folder(folder) as part:
         for split, ids in (("train", rows[:1]), ("val", rows)):
