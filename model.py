@@ -343,7 +343,8 @@ class MultiHeadAttention(nn.Module):
 
     def split_heads(self, x):
         """(B, T, H·D) -> (B, H, T, D)"""
-        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+        heads = x.size(-1) // self.head_dim
+        return x.view(*x.shape[:-1], heads, self.head_dim).transpose(1, 2)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -813,12 +814,12 @@ def linear(x, weight, bias=None):
         return F.linear(x, weight, bias)
     count = number_of_blocks(weight.size(0))
     blocks = weight.view(count, -1, K).mT                        # (count, K, N / count)
-    rows = x.reshape(1, -1, K).expand(count, -1, -1)             # (count, vectors, K)
+    rows = x.reshape(1, vectors, K).expand(count, -1, -1)        # (count, vectors, K)
     if bias is None:
         y = torch.bmm(rows, blocks)
     else:
         y = torch.baddbmm(bias.view(count, 1, -1), rows, blocks)
-    return y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    return y.transpose(0, 1).reshape(*x.shape[:-1], weight.size(0))
 
 
 def number_of_blocks(rows):

@@ -3569,14 +3569,15 @@ def simulated_peak(mode, processes, config, flags):
 
 @needs_linux
 @pytest.mark.slow
-@pytest.mark.parametrize("mode, processes, muon", [
-    ("single", 1, False), ("DDP", 2, False), ("DDP", 4, False), ("FSDP", 2, False),
-    ("FSDP", 4, False), ("single", 1, True)])
-def test_simulated_memory(data, tmp_path, mode, processes, muon):
+@pytest.mark.parametrize("mode, processes, micro_batches, muon", [
+    ("single", 1, 2, False), ("DDP", 2, 2, False), ("DDP", 4, 2, False), ("FSDP", 2, 1, False),
+    ("FSDP", 2, 8, False), ("FSDP", 4, 1, False), ("FSDP", 4, 8, False), ("single", 1, 2, True),
+    ("DDP", 2, 2, True), ("FSDP", 2, 2, True)])
+def test_simulated_memory(data, tmp_path, mode, processes, micro_batches, muon):
     """Fails if the simulated peak of a step is not within 10 % of what real processes grow by, so
     also if DDP or FSDP keep a second copy of the gradients while these accumulate."""
     shape = dict(n_layer=6, n_head=8, n_embd=512, block_size=128, vocab_size=16000)
-    how = dict(batch_size=4, gradient_accumulation_steps=2 * processes, muon=muon)
+    how = dict(batch_size=4, gradient_accumulation_steps=micro_batches * processes, muon=muon)
     argv = flags(dataset=data, out_dir=tmp_path / "out", max_iters=2, eval_interval=2, eval_iters=1,
                  always_save_checkpoint=False, **shape, **how)
     run("train", *argv, f"--fsdp={mode == 'FSDP'}", ranks=0 if mode == "single" else processes,
@@ -3585,7 +3586,7 @@ def test_simulated_memory(data, tmp_path, mode, processes, muon):
         job = pool.submit(simulated_peak, mode, processes, GPT2Config(**shape), how)
         simulated = job.result()
     real = [int((tmp_path / str(rank)).read_text()) for rank in range(processes)]
-    print(f"{mode} on {processes}, muon={muon}: {max(real) / 1e6:.0f} MB, simulated "
+    print(f"{mode} on {processes}, {micro_batches} micro-batches, muon={muon}: {max(real) / 1e6:.0f} MB, simulated "
           f"{simulated / 1e6:.0f} MB")
     for grown in real:
         assert grown == pytest.approx(simulated, rel=0.1)
