@@ -2828,7 +2828,8 @@ def test_fineweb_shows_its_progress(hub, fineweb, monkeypatch):
 
 
 def test_learning_rate():
-    """Fails if the schedule differs from nanoGPT's, or is off by one step."""
+    """Fails if the schedule differs from nanoGPT's, the linear one from torch's, or is off by one
+    step."""
     made = dict(learning_rate=3.0, min_lr=1.0, warmup_iters=4, lr_decay_iters=10, max_iters=20)
 
     def nanogpts(it):
@@ -2844,6 +2845,14 @@ def test_learning_rate():
     assert train.learning_rate(default, 0) == 3.0
     assert train.learning_rate(default, 50) == pytest.approx(0.3)
     assert train.learning_rate(train.Run(learning_rate=3.0, decay_lr=False), 1) == 3.0
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3.0)
+    torchs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 1 / 3, total_iters=6)
+    linear = train.Run(schedule="linear", **made)
+    for it in range(4, 20):
+        assert train.learning_rate(linear, it) == pytest.approx(torchs.get_last_lr()[0], rel=1e-12)
+        optimizer.step()
+        torchs.step()
+    assert train.learning_rate(linear, 1) == nanogpts(1)
 
 
 @pytest.mark.parametrize("name", ["data", "masked"])

@@ -74,7 +74,8 @@ class Run:
         4, "batches per step, counted over all processes", at_least=1)
     max_iters: int = flag(1400, "steps of the run", at_least=0)
     learning_rate: float = flag(3e-3, "highest learning rate", at_least=0)
-    decay_lr: bool = flag(True, "warm up, then decay along a cosine")
+    decay_lr: bool = flag(True, "warm up, then decay to min_lr")
+    schedule: str = flag("cosine", "of the decay: cosine, linear", choices=("cosine", "linear"))
     warmup_iters: int = flag(50, "steps of warm-up", at_least=0)
     lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]", at_least=1)
     min_lr: float = flag(None, "lowest learning rate [learning_rate / 10]", at_least=0)
@@ -123,7 +124,8 @@ RUN = {f.name: f for f in fields(Run)}
 # model is small enough to learn something on a CPU in minutes; fine-tuning is short and gentle.
 SCRATCH = dict(block_size=128, n_layer=4, n_head=4, n_embd=128, vocab_size=None)
 # The run of `python train.py`: Muon, for as long as AdamW would take for its 1,400 steps.
-STDLIB = dict(muon=True, learning_rate=1e-2, min_lr=0.0, max_iters=1150, sample_interval=400)
+STDLIB = dict(muon=True, learning_rate=1e-2, schedule="linear", min_lr=0.0, max_iters=1150,
+              sample_interval=400)
 DEFAULTS = {**SCRATCH, **STDLIB}                                 # what --help shows
 # GPT-2 on 5 billion tokens, 524,288 a step: with --size and --dataset=fineweb or fineweb_edu. After
 # modded-nanogpt's second record (AdamW, rotary positions, this rate): a loss of 3.28 with 124M.
@@ -133,7 +135,8 @@ FINETUNE = dict(dropout=0.1, learning_rate=3e-5, warmup_iters=10, max_iters=200,
                 gradient_accumulation_steps=8, eval_interval=20, eval_iters=10, log_interval=1,
                 always_save_checkpoint=False)
 # The flags that `learning_rate` reads
-SCHEDULE = ("learning_rate", "decay_lr", "warmup_iters", "lr_decay_iters", "max_iters", "min_lr")
+SCHEDULE = ("learning_rate", "decay_lr", "schedule", "warmup_iters", "lr_decay_iters", "max_iters",
+            "min_lr")
 # The flags that have an effect on --eval_only
 EVALUATION = {"init_from", "out_dir", "dataset", "batch_size", "eval_iters", "eval_only",
               "eval_stride", "fsdp", "hsdp", "backend", "device", "dtype", "compile"}
@@ -190,7 +193,7 @@ def parse_command_line():
     if "plot" in typed:
         refuse(typed, typed.keys() - {"plot", "out_dir"}, "has no effect with --plot")
     if not typed.get("decay_lr", True):
-        refuse(typed, ("warmup_iters", "lr_decay_iters", "min_lr"),
+        refuse(typed, ("schedule", "warmup_iters", "lr_decay_iters", "min_lr"),
                "has no effect without --decay_lr")
     if typed.get("eval_only"):
         refuse(typed, {*RUN, "dropout"} - EVALUATION, "has no effect with --eval_only")
@@ -1504,7 +1507,7 @@ def keep(batch):
 
 
 def learning_rate(run, step):
-    """The rate of the step that follows `step` finished ones: warm-up, then a cosine to min_lr."""
+    """The rate of the step that follows `step` finished ones: warm-up, then a decay to min_lr."""
     if not run.decay_lr:
         return run.learning_rate
     if step < run.warmup_iters:
@@ -1512,7 +1515,10 @@ def learning_rate(run, step):
     lowest = run.learning_rate / 10 if run.min_lr is None else run.min_lr
     end = run.lr_decay_iters or run.max_iters
     done = min(1.0, (step - run.warmup_iters) / max(1, end - run.warmup_iters))
-    return lowest + 0.5 * (1 + math.cos(math.pi * done)) * (run.learning_rate - lowest)
+    left = 1 - done
+    if run.schedule == "cosine":
+        left = 0.5 * (1 + math.cos(math.pi * done))
+    return lowest + left * (run.learning_rate - lowest)
 
 
 def changed_rate(run, checkpoint):
