@@ -3598,8 +3598,8 @@ def test_simulated_memory(data, tmp_path, mode, processes, micro_batches, muon):
         job = pool.submit(simulated_peak, mode, processes, GPT2Config(**shape), how)
         simulated = job.result()
     real = [int((tmp_path / str(rank)).read_text()) for rank in range(processes)]
-    print(f"{mode} on {processes}, {micro_batches} micro-batches, muon={muon}: {max(real) / 1e6:.0f} MB, simulated "
-          f"{simulated / 1e6:.0f} MB")
+    print(f"{mode} on {processes}, {micro_batches} micro-batches, muon={muon}: "
+          f"{max(real) / 1e6:.0f} MB, simulated {simulated / 1e6:.0f} MB")
     for grown in real:
         assert grown == pytest.approx(simulated, rel=0.1)
 
