@@ -3769,8 +3769,8 @@ def test_two_nodes(data, alone, tmp_path, mode, static):
     nodes = [rendezvous()] * 2
     if static:
         readme = (HERE / "README.md").read_text()
-        line = re.search(r"^torchrun (--nnodes=2 .*) train\.py", readme, re.MULTILINE)[1]
-        line = line.replace("10.0.0.1", "127.0.0.1").replace("29500", str(free_port()))
+        line = re.search(r"`(--nnodes=2 [^`]*)`", readme)[1]
+        line = line.replace("ADDRESS", "127.0.0.1").replace("29500", str(free_port()))
         nodes = [line.replace("=N", f"={node}").split() for node in range(2)]
     both_nodes_succeed([torchrun(*argv, options=options, tmp=tmp_path) for options in nodes])
     agree(tmp_path / "out", alone / "plain")
