@@ -1134,7 +1134,10 @@ def read_pretrained(name):
             raise ValueError(f"{config_path}: {error}") from None
     tensors = {}
     for path in paths:
-        tensors.update(read_safetensors(path)[0])
+        part, _ = read_safetensors(path)
+        for twice in sorted(part.keys() & tensors.keys()):
+            raise ValueError(f"{path} holds {twice!r:.80}, which another file of the model holds")
+        tensors.update(part)
     try:
         return config, weights_from_file(config, architecture, tensors), []
     except ValueError as error:
@@ -1245,7 +1248,12 @@ def rows_of_heads(config):
 def weights_from_file(config, architecture, tensors):
     """Pick the model's parameters from a file's tensors, and check their names and shapes. What is
     built here is limited by what the file holds, not by what config claims."""
-    found = {short_name(name): tensor for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        name = short_name(name)
+        if name in found:
+            raise ValueError(f"holds {name!r:.80} twice, with and without its prefix")
+        found[name] = tensor
     if config.n_layer > len(found):
         raise ValueError(f"config.json asks for {config.n_layer} layers, the file has {len(found)} "
                          "tensors")

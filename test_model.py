@@ -1165,6 +1165,10 @@ def test_dialects_of_the_same_checkpoint(tmp_path, dtype, prefix):
     write_folder(tmp_path, tensors | {"lm_head.weight": tensors["lm_head.weight"] + 1}, config)
     with pytest.raises(ValueError, match="lm_head.weight differs from the token"):
         GPT2.from_pretrained(tmp_path)
+    twice = {"transformer.ln_f.bias": torch.zeros(24), "ln_f.bias": torch.zeros(24)}
+    write_folder(tmp_path, tensors | twice, config)
+    with pytest.raises(ValueError, match="holds 'ln_f.bias' twice"):
+        GPT2.from_pretrained(tmp_path)
 
 
 @every_flag_setting
@@ -1332,6 +1336,16 @@ def test_damaged_indexes_are_refused(tmp_path, index):
     hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(ValueError, match="index.json is damaged"):
+        GPT2.from_pretrained(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    """Fails if one of two tensors of a name wins silently."""
+    hf_starcoder2().save_pretrained(tmp_path, max_shard_size="5KB")
+    first, second = sorted(tmp_path.glob("model-*.safetensors"))[:2]
+    name, value = next(iter(load_file(first).items()))
+    save_file({**load_file(second), name: value + 1}, second)
+    with pytest.raises(ValueError, match=f"{second} holds '{name}', which another"):
         GPT2.from_pretrained(tmp_path)
 
 
