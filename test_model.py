@@ -4136,6 +4136,20 @@ class Malicious:
 
 STEP = "optimizer.0.step.transformer.wte.weight"
 MOMENT = "optimizer.0.exp_avg.transformer.wte.weight"
+
+
+def lose_moment(tensors, saved):
+    del tensors[MOMENT]
+    saved["tensors"].remove(MOMENT)
+
+
+def rename_moment(tensors, saved):
+    name = MOMENT.replace("0", "x")
+    tensors[name] = tensors[MOMENT]
+    saved["tensors"].append(name)
+    lose_moment(tensors, saved)
+
+
 DAMAGES = {                                  # name: (change of the file at a path, words of error)
     "short": (lambda path: path.write_bytes(path.read_bytes()[:-50]), "truncated"),
     "empty": (lambda path: path.write_bytes(b""), "truncated"),
@@ -4161,6 +4175,9 @@ DAMAGES = {                                  # name: (change of the file at a pa
     "unknown flag": (with_value("run", new=1), "version"),
     "missing flag": (rewrite(lambda tensors, saved: saved["run"].pop("seed")), "version"),
     "other model": (rewrite(other_model), "version"),
+    "layers": (with_value("config", n_layer=10**5), "fewer tensors than n_layer=100000"),
+    "optimizer x": (rewrite(rename_moment), "version"),
+    "moment lost": (rewrite(lose_moment), "lacks tensors of an"),
 }
 
 

@@ -571,6 +571,8 @@ class Checkpoint:
                 check_saved_flag(name, value)
             config = GPT2Config(**shape)
             self.settings = {**run, **asdict(config)}
+            if config.n_layer > len(self.tensors):               # or it takes hours to build them
+                raise ValueError(f"it has fewer tensors than n_layer={config.n_layer}")
             with torch.device("meta"):
                 parameters = dict(GPT2(config).named_parameters())
             for name, p in parameters.items():
@@ -580,7 +582,7 @@ class Checkpoint:
             raise UserError(self.damaged(error)) from None
         self.weights = {name: self.tensors.pop(name) for name in parameters}
         for name in self.tensors:                                # optimizer.NUMBER.KEY.PARAMETER
-            if name.split(".", 3)[-1] not in parameters:
+            if name.split(".", 3)[-1] not in parameters or not name.split(".")[1].isdecimal():
                 raise UserError(f"{self.path} was written by another version of the code: it holds "
                                 f"{name!r:.80}")
 
@@ -620,6 +622,10 @@ class Checkpoint:
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
+            # It keeps the same for all matrices, and for all vectors.
+            kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
+            if len(kept) > len({p.dim() for p in ordered}):
+                raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if state:
