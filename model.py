@@ -971,7 +971,8 @@ class Int8(nn.Module):
 
 
 def pack_int8(rounded, scale):
-    """The matrix rounded · scale in the layout of FBGEMM. Raises ValueError on another CPU."""
+    """The matrix rounded · scale in the layout of FBGEMM. Raises ValueError on another CPU. Selects
+    FBGEMM for all of this process, as torch packs for the engine that is selected."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         raise ValueError("int8 needs an x86 CPU: use bfloat16")
     torch.backends.quantized.engine = "fbgemm"

@@ -112,7 +112,8 @@ def load(options, overrides):
         raise UserError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
                         f"tokens, the model {config.vocab_size}: its meta.json is missing or wrong")
     if options.dtype == "int8":
-        model = model.to_int8()
+        with usage_errors():
+            model = model.to_int8()
         dtype = torch.int8
     else:
         dtype, _ = choose_dtype(options.dtype, device)
