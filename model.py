@@ -965,9 +965,11 @@ class Int8(nn.Module):
         if not x.is_floating_point():                            # token ids: rows of the embedding
             return self.weight[x] * self.scale[x][..., None]
         multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-        scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-        y = multiply(x / scale, 1.0, 128, self.packed) * scale
-        return y if self.bias is None else y + self.bias
+        largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
+        y = multiply(x / largest, 1 / 127, 128, self.packed)
+        if self.bias is None:
+            return y * largest
+        return torch.addcmul(self.bias, y, largest)
 
 
 def pack_int8(rounded, scale):
