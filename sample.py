@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
 from data.cli import UsageError, UserError, flag, parse_flags, refuse, run_main, usage_errors
 from data.prepare import open_text
-from data.tokenizer import load_tokenizer, replace_surrogates
+from data.tokenizer import check_tokenizer, load_tokenizer, replace_surrogates
 from model import (
     CONVERTIBLE,
     GPT2,
@@ -108,9 +108,7 @@ def load(options, overrides):
     for change in notes + changes:
         print(change, file=sys.stderr)                           # stdout is for the text
     tokenizer = load_tokenizer(source)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(f"{source}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-                        f"tokens, the model {config.vocab_size}: its meta.json is missing or wrong")
+    check_tokenizer(tokenizer, config.vocab_size, source)
     if options.dtype == "int8":
         with usage_errors():
             model = model.to_int8()

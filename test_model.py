@@ -2570,7 +2570,7 @@ NAMES = ["fineweb_val_000000.bin", "fineweb_train_000001.bin", "fineweb_train_00
     ("train.bin", shard(GOOD)[:-2], "200 tokens has 1,424 bytes, not 1,422"),
     ("train.bin", shard(GOOD, claimed=201), "201 tokens has 1,426 bytes, not 1,424"),
     ("train.bin", shard(GOOD)[:900], "200 tokens has 1,424 bytes, not 900"),
-    ("val.bin", raw(GOOD[:32]), "fewer than one sample of block_size=32 and one more"),
+    ("val.bin", raw(GOOD[:32]), "a sample with block_size=32 needs 33. Use --block_size=31"),
     ("train.bin", shard(GOOD, version=2), "version 2"),
     ("train.bin", shard(GOOD, magic=20240801), "magic 20240801"),
     ("train.bin", shard(GOOD)[1:], "half written"),
@@ -4927,7 +4927,7 @@ train    1  --dataset={bad}/nanogpt                                meta.pkl, a p
 train    1  --dataset={bad}/counts                                 counts/meta.json is damaged: its tokens
 train    1  --dataset={bad}/half                                   half written
 train    1  --dataset={bad}/wide                                   token 999, beyond the vocabulary
-train    1  --block_size=512                                       smaller --block_size
+train    1  --block_size=512                                       needs 513. Use --block_size=
 train    2  --dataset={bad}/items                                  only compares models: add --eval_only
 train-   1  --eval_only --init_from={run} --dataset={bad}/items    items.json is damaged (it does not fit val.bin)
 train    2  --sample_interval=-1                                   at least 0
@@ -4948,7 +4948,8 @@ train    2  --size=gpt3                                            --size=gpt3 i
 train    2  --init_from=resume --out_dir={run} --dropout=2         dropout=2
 train    1  --init_from={bad}/pickle                               could run code
 train    1  --init_from={bad}/short                                truncated
-train    1  --init_from={bad}/bpe                                  prepare one with the model's tokenizer
+train    1  --init_from={bad}/bpe                                  has 50257 tokens, the model 12. Copy the meta.json
+train    1  --init_from={run} --dataset={bad}/counts               prepare one with the model's tokenizer
 train    1  --out_dir={bad}/file                                   choose another
 train    1  --wandb                                                --wandb cannot start: division by zero
 train    2  --out_dir=                                             --out_dir is empty

@@ -8,6 +8,10 @@ Train a GPT-2 on one device, with DDP or with FSDP; the script detects which.
     python train.py --init_from=gpt2 --dataset=shakespeare    # fine-tune
     python train.py --help                                    # every flag
 
+The defaults that --help shows are those of `python train.py`. With another
+data set they are --learning_rate=0.003 --schedule=cosine --max_iters=1400
+--no-muon; fine-tuning has its own, FINETUNE in this file.
+
 What a step computes is a function of the flags, the seed and the step alone.
 Neither the number of processes, nor the mode, nor a stop in between changes it
 (except for the order in which floating point numbers are added).
@@ -78,7 +82,8 @@ class Run:
     schedule: str = flag("cosine", "of the decay: cosine, linear", choices=("cosine", "linear"))
     warmup_iters: int = flag(50, "steps of warm-up", at_least=0)
     lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]", at_least=1)
-    min_lr: float = flag(None, "lowest learning rate [learning_rate / 10]", at_least=0)
+    min_lr: float = flag(None, "lowest learning rate; with a data set of yours learning_rate / 10",
+                         at_least=0)
     muon: bool = flag(False, "Muon in place of AdamW for the matrices of the blocks")
     weight_decay: float = flag(0.1, "weight decay, on matrices only", at_least=0)
     beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
@@ -165,7 +170,7 @@ from data.loader import (
     read_items,
     token_counts,
 )
-from data.tokenizer import load_tokenizer, tokenizer_from_json
+from data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_from_json
 from model import (
     GPT2,
     SIZES,
@@ -1077,6 +1082,7 @@ def choose_model(run, shape, checkpoint, tokenizer):
         trained_with = load_tokenizer(source)
         with usage_errors():
             config, weights, changes = convert(saved_config, weights, shape)
+        check_tokenizer(trained_with, config.vocab_size, source)
         for change in notes + changes:
             announce("changed", change)
     if trained_with.to_json() != tokenizer.to_json():

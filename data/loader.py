@@ -37,9 +37,11 @@ def find_data(name):
                 found.append(path)
     for split, found in paths.items():
         if not found:
-            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {folder}. "
-                                    f"Prepare it with python data/prepare.py {name}, or your own "
-                                    f"files with python data/prepare.py PATH... --name={name}")
+            where = name if is_path else folder
+            raise FileNotFoundError(f"data set {name!r}: there is no {split}.bin in {where}. "
+                                    "Prepare your own files with python data/prepare.py PATH... "
+                                    f"--name={os.path.basename(name)}; --help there lists the data "
+                                    "sets that have a name")
     return folder, paths
 
 
@@ -136,9 +138,10 @@ class TokenDataset(Dataset):
         # Samples of file f have the numbers from ends[f - 1] up to ends[f].
         self.ends = np.cumsum([max(0, len(f) - 1) // block_size for f in self.files])
         if len(self) == 0:
-            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens, fewer than one sample of "
-                             f"block_size={block_size} and one more: use a smaller --block_size or "
-                             "more text")
+            largest = max(map(len, self.files)) - 1
+            raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens; a sample with "
+                             f"block_size={block_size} needs {block_size + 1:,}. Use "
+                             f"--block_size={max(1, largest)} or less, or more text")
         self[0]                                                 # fails now if the tokens do not fit
         self[len(self) - 1]
 

@@ -255,8 +255,8 @@ def open_text(path):
         with opener(path, "rt", encoding="utf-8-sig", newline="") as f:
             yield f
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): repair it, convert it to UTF-8, or "
-                        "leave it out") from None
+        raise UserError(f"{path} cannot be read ({error}): convert it to UTF-8, or leave it "
+                        "out (data/prepare.py --skip_bad leaves out all such files)") from None
 
 
 def is_binary(path):

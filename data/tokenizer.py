@@ -181,8 +181,9 @@ def load_tokenizer(name):
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
             raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
-                             "not read: prepare the data again with data/prepare.py, which writes "
-                             "meta.json")
+                             "not read, and no meta.json. Make one from the text: python "
+                             "data/prepare.py TEXT --name=NAME --tokenizer=char; then copy "
+                             f"data/NAME/meta.json to {folder}")
         foreign = foreign_vocabulary(name, folder)
         if not foreign:
             return GPT2Tokenizer()
@@ -194,6 +195,14 @@ def load_tokenizer(name):
             return tokenizer_from_json(json.load(f))
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged: {error!s:.200}") from None
+
+
+def check_tokenizer(tokenizer, vocab_size, name):
+    """Raise ValueError if the model `name` has fewer tokens than its tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{name}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
+                         f"tokens, the model {vocab_size}. Copy the meta.json of the data that it "
+                         "was trained on into its folder")
 
 
 def path_of_file(name, folder, file):
