@@ -186,6 +186,7 @@ def child(script, argv, env, folder, log, before):
     sys.stdin = open(0)
     signal.signal(signal.SIGINT, signal.default_int_handler)     # nohup and a shell's & ignore them
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    torch.set_num_threads(1)     # after a fork torch makes its pool anew: else its threads race
     os.environ.update(env)
     os.chdir(folder)
     sys.argv = [script + ".py", *argv]
