@@ -2,7 +2,7 @@
 Make the README's tables and pictures of what the changes to the attention bring, and of how cost
 grows. The runs are kept in out-evidence/, the pictures beside this file.
 
-    python .github/evidence.py            # all: an hour on two cores
+    python .github/evidence.py            # all: two hours on two cores
     python .github/evidence.py --train    # the training runs; a stopped one is resumed
     python .github/evidence.py --measure  # the tables of the changes
     python .github/evidence.py --scale    # speed and memory over context, size and processes
