@@ -8,6 +8,7 @@ Write text with a trained model.
     echo "def " | python sample.py                        # or from a pipe
 """
 import codecs
+import glob
 import itertools
 import os
 import signal
@@ -97,8 +98,11 @@ def load(options, overrides):
     if source == "resume":
         source = options.out_dir
         if not os.path.exists(f"{source}/config.json"):
+            moved = sorted(glob.glob(f"{glob.escape(source)}/run-*"))
+            hint = f". Earlier runs: {', '.join(moved)}" if moved else ""
             raise UserError(f"there is no checkpoint in {source}: train one with python train.py, "
-                            "name its folder with --out_dir, or use OpenAI's with --init_from=gpt2")
+                            "name its folder with --out_dir, or use OpenAI's with --init_from=gpt2"
+                            + hint)
     elif not is_pretrained(source):
         raise UsageError(f"--init_from={source} is not resume, {SOURCES}")
     config, weights, notes = read_pretrained(source)

@@ -4831,6 +4831,7 @@ def bad(data, straight, tmp_path_factory):
     """Files and folders, each with something wrong."""
     tmp = tmp_path_factory.mktemp("bad")
     (tmp / "empty").mkdir()
+    (tmp / "moved/run-1").mkdir(parents=True)
     for name in ("nanogpt", "half", "wide", "counts", "items"):
         shutil.copytree(data, tmp / name)
     for name in ("pickle", "short", "bpe", "nometa"):
@@ -4972,6 +4973,7 @@ sample   2  --window_size=4                                        add --sliding
 sample   1  --out_dir={bad}/pickle                                 could run code
 sample   1  --out_dir={bad}/nometa                                 nometa/tokenizer.json is another tokenizer
 sample   1  --out_dir={bad}/empty                                  no checkpoint in
+sample   1  --out_dir={bad}/moved                                  moved/run-1
 sample   1  --start=abZ                                            'Z' is not among the 12
 sample   1  --start=FILE:{bad}/none                                none
 sample   1  --start=FILE:{bad}/latin.jsonl                         latin.jsonl
