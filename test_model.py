@@ -3096,6 +3096,7 @@ def test_ctrl_c(data, straight, tmp_path):
     done = run("train", *flags(dataset=data, dropout=0.1, out_dir=out),
                before=partial(at_step, 5, signal.SIGINT), code=130)
     assert f"stopped at step 5, saved in {out}. Resume with" in done.out and not done.err
+    assert done.out.count("stopping after this step; Ctrl-C again exits at once") == 1
     last = done.out.splitlines()[-1].strip()
     assert last == f"python train.py --init_from=resume --out_dir='{out}' --device=cpu"
     assert len(curve(out)) == 2 + 5 and train.Checkpoint(str(out)).state.step == 5

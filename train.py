@@ -1563,6 +1563,8 @@ class StopSignals:
     def handle(self, number, frame):
         if time.monotonic() > self.deadline:
             os._exit(128 + number)
+        if is_main() and not self.received:                      # print() may be running already
+            os.write(1, b"\nstopping after this step; Ctrl-C again exits at once\n")
         self.received = number
         self.deadline = min(self.deadline, time.monotonic() + 2)
 
