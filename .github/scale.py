@@ -126,6 +126,8 @@ def simulate(mode, processes, config, dtype=torch.float32, **flags):
     device = torch.device("cpu")
     if run.fsdp:
         train.device_mesh(device.type, run.hsdp)                 # needs real numbers
+    elif mode == "DDP":
+        train.device_mesh(device.type)                           # Muon's
     try:
         # Constructed, DDP compares real numbers.
         with (mock.patch.multiple(ddp, _verify_param_shape_across_processes=mock.DEFAULT,
