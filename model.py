@@ -653,7 +653,9 @@ class GPT2(nn.Module):
 
     def save_pretrained(self, folder, tokenizer=None):
         """Write config.json and model.safetensors, and the files of the tokenizer, for
-        from_pretrained, transformers and other tools."""
+        from_pretrained, transformers and other tools. Raises ValueError for int8."""
+        if isinstance(self.transformer.wte, Int8):
+            raise ValueError("an int8 model cannot be saved: save it before to_int8")
         os.makedirs(folder, exist_ok=True)
         write_pretrained(folder, self.config, self.parameters(), tokenizer)
 
@@ -937,6 +939,9 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise NotImplementedError("this loss has no second derivatives: give model."
+                                      "cross_entropy a function of (x, weight, targets) that does")
         grad_x, grad_weight, count = ctx.saved_tensors
         scale = grad / count
         return grad_x.mul_(scale), grad_weight.mul_(scale), None, None     # in place to save memory

@@ -1005,6 +1005,16 @@ def test_joined_loss_is_the_plain_loss(dtype, rows, tolerance):
     ours = torch.autograd.grad(7 * loss, (x, w))
     for a, b in zip(ours, torch.autograd.grad(7 * expected, (x, w)), strict=True):
         assert_close(a.float(), b.float(), tolerance * b.abs().max().item())
+    with pytest.raises(NotImplementedError, match="no second derivatives"):
+        torch.autograd.grad(model_py.linear_cross_entropy(x, w, targets), x, create_graph=True)
+
+
+def test_int8_is_not_saved(tmp_path):
+    """Fails if a folder is overwritten by half of a model that cannot be saved."""
+    config = GPT2Config(n_layer=1, n_head=2, n_embd=32, block_size=8, vocab_size=50)
+    with pytest.raises(ValueError, match="int8 model cannot be saved"):
+        GPT2(config).to_int8().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @torch.no_grad()
