@@ -24,6 +24,7 @@ import pickle
 import re
 import sys
 import warnings
+import weakref
 from dataclasses import asdict, dataclass, field, fields, replace
 
 import torch
@@ -961,6 +962,9 @@ class Int8(nn.Module):
         scale = weight.abs().amax(dim=1).clamp(min=1e-12) / 63
         rounded = (weight / scale[:, None]).round().to(torch.int8)
         self.packed = pack_int8(rounded, scale)
+        self.rows = len(rounded)
+        self.number = len(INT8)
+        INT8.append(weakref.ref(self))
         self.bias = bias
         if lookup:
             self.register_buffer("weight", rounded)
@@ -969,12 +973,28 @@ class Int8(nn.Module):
     def forward(self, x):
         if not x.is_floating_point():                            # token ids: rows of the embedding
             return self.weight[x] * self.scale[x][..., None]
-        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
         largest = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12)
-        y = multiply(x / largest, 1 / 127, 128, self.packed)
+        if torch.compiler.is_compiling():
+            y = int8_product(x / largest, self.number, self.rows)
+        else:
+            y = self.product(x / largest)
         if self.bias is None:
             return y * largest
         return torch.addcmul(self.bias, y, largest)
+
+    def product(self, x):
+        multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+        return multiply(x, 1 / 127, 128, self.packed)
+
+
+# torch.compile cannot put FBGEMM's packed matrix into a graph. The graph calls an operation with a
+# number instead, and the operation finds the matrix.
+INT8 = []                                                        # a weak reference to each Int8
+INT8_LIBRARY = torch.library.Library(f"gpt2_{id(INT8)}", "DEF")  # a new name if loaded again
+INT8_LIBRARY.define("product(Tensor x, int number, int rows) -> Tensor")
+INT8_LIBRARY.impl("product", lambda x, number, rows: INT8[number]().product(x), "CPU")
+INT8_LIBRARY.impl("product", lambda x, number, rows: x.new_empty(*x.shape[:-1], rows), "Meta")
+int8_product = getattr(torch.ops, INT8_LIBRARY.ns).product
 
 
 def pack_int8(rounded, scale):

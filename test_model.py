@@ -3,6 +3,7 @@ Every promise of this project, tried on a CPU without the internet: python -m py
 python -m pytest -m slow for the long ones. A docstring says when its test fails.
 """
 import contextlib
+import copy
 import ctypes
 import gc
 import gzip
@@ -20,6 +21,7 @@ import pickle
 import random
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import signal
@@ -1047,6 +1049,22 @@ def test_training_in_half_precision_on_a_cpu(monkeypatch):
         train.train({"dtype": "bfloat16"}, torch.device("cpu"), "")
 
 
+@torch.no_grad()
+def test_two_int8_models():
+    """Fails if a copy of model.py, as a notebook loads it, or a second model disturbs what a
+    compiled int8 model multiplies by."""
+    again = runpy.run_path(model_py.__file__)
+    x = tokens(1, 5)
+    config = again["GPT2Config"](n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=61)
+    models = [small_model().to_int8(), small_model(n_head=3, n_embd=24).to_int8(),
+              again["GPT2"](config, seed=0).to_int8()]
+    models.append(copy.deepcopy(models[1]))
+    for model in models:
+        torch.compiler.reset()
+        compiled = torch.compile(model.hidden, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), model.hidden(x))
+
+
 def test_int8_needs_its_kernel(monkeypatch):
     """Fails if int8 on a CPU without FBGEMM, as in a Mac, is not refused in one line."""
     monkeypatch.setattr(type(torch.backends.quantized), "supported_engines", ["qnnpack"])
@@ -1073,14 +1091,15 @@ def test_int8(flags):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("convert", [lambda m: m, GPT2.to_int8], ids=["float32", "int8"])
 @pytest.mark.parametrize("flags", [
     {}, slow(dict(rope=True, gqa=True, sliding_window=True))],
     ids=setting_id)
-def test_compiled(flags):
+def test_compiled(flags, convert):
     """Fails if torch.compile needs several graphs or meets what it cannot lower, a product of
     oneDNN's. Compilers take a minute; so here is what they are given."""
     torch.compiler.reset()
-    model = small_model(n_layer=1, **flags)
+    model = convert(small_model(n_layer=1, **flags))
     given = []
     compiled = torch.compile(model.hidden, dynamic=True, fullgraph=True,
                              backend=lambda graph, _: given.append(graph) or graph)
