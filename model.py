@@ -63,9 +63,9 @@ SWITCHES = {"rope": "rope_theta", "gqa": "n_kv_head", "sliding_window": "window_
 class GPT2Config:
     """The shape of the model. The defaults are GPT-2 124M.
 
-    With any value of a field marked `in_gpt2` the model is still a GPT-2. A checkpoint in which
-    any other field differs from its default is never saved as one. Raises ValueError for values
-    that are out of range or contradict each other.
+    With any value of a field marked `in_gpt2` the model is still a GPT-2. Another field makes it a
+    different one, unless the field has its default. Raises ValueError for values that are out of
+    range or contradict each other.
     """
     block_size: int = flag(1024, "context length in tokens", in_gpt2=True)
     vocab_size: int = flag(50257, "size of the vocabulary [that of the data]", in_gpt2=True)
@@ -255,9 +255,12 @@ class KVCache:
             at = start % self.size                               # replaces what left the window
             kept.narrow(-2, at, T).copy_(new)
             return kept.narrow(-2, 0, min(end, self.size))
-        # The first new tokens still see keys that the last ones overwrite: read before writing.
-        slots = torch.arange(max(0, start - self.size), end, device=new.device) % self.size
-        both = torch.cat((kept[..., slots[:-T], :], new), dim=-2) if start else new
+        # In a full ring the last new tokens replace keys that the first ones still see: read those
+        # before writing.
+        positions = torch.arange(max(0, start - self.size), end, device=new.device)
+        slots = positions % self.size
+        before = kept[..., slots[:-T], :]
+        both = torch.cat((before, new), dim=-2) if start else new
         last = slots[-min(T, self.size):]
         kept[..., last, :] = new[..., -len(last):, :]
         return both
@@ -299,16 +302,17 @@ class AttentionHead(nn.Module):
         T = q.size(-2)
         S = k.size(-2)
         dropout_p = self.dropout if self.training else 0.0
-        if causal and (T < S or not self.flash):                 # the fused kernel needs T = S
+        grouped = q.dim() > 3 and q.size(-3) > k.size(-3)
+        if causal and T == S and self.flash:                     # needs no mask
+            return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal=True,
+                                                  enable_gqa=grouped)
+        if causal:
             positions = torch.arange(S, device=q.device)
             mask = visible(positions[S - T:], positions)
-            causal = False
-        grouped = q.dim() > 3 and q.size(-3) > k.size(-3)
-        if grouped and not causal:
+        if grouped:
             return attend_in_groups(self.attend, q, k, v, mask)
         if self.flash:
-            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p, is_causal=causal,
-                                                  enable_gqa=causal and grouped)
+            return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
         return scaled_dot_product_attention(q, k, v, mask, dropout_p)
 
 
@@ -418,6 +422,8 @@ class GPT2(nn.Module):
             h=nn.ModuleList(TransformerBlock(config) for _ in range(config.n_layer)),
             ln_f=nn.LayerNorm(config.n_embd, eps=1e-5, bias=config.bias),
         ))
+        for name, _ in self.named_buffers():
+            raise TypeError(f"checkpoints do not hold the buffer {name}: compute it in forward")
         if not self.transformer.wte.weight.is_meta:
             parameters = dict(self.named_parameters())
             with torch.no_grad():
@@ -523,8 +529,9 @@ class GPT2(nn.Module):
 
         def keep_weights(head, inputs, y):
             q, k, v, *rotary = inputs
-            each_key = torch.eye(k.size(-2), dtype=v.dtype, device=v.device)
-            values = each_key.expand(*k.shape[:-1], -1)          # the mean of these is the weights
+            # Attention returns weights @ values: with the identity as values, the weights.
+            identity = torch.eye(k.size(-2), dtype=v.dtype, device=v.device)
+            values = identity.expand(*k.shape[:-1], -1)
             weights.append(head.forward(q, k, values, *rotary))
         hooks = []
         for block in self.transformer.h:
@@ -580,20 +587,22 @@ class GPT2(nn.Module):
         several = isinstance(idx, list) and bool(idx) and hasattr(idx[0], "__len__")
         texts = [token_ids(text, self.device)[0]
                  for text in (idx if several else token_ids(idx, self.device))]
-        read = [self.recent(text[None])[0] for text in texts]
-        shortest = min(map(len, read))
-        start = torch.stack([text[:shortest] for text in read])
-        rest = nn.utils.rnn.pad_sequence([text[shortest:] for text in read], batch_first=True,
-                                         padding_value=-1)
+        prompts = [self.recent(text[None])[0] for text in texts]
+        # All prompts are read together up to the end of the shortest one. From there on each step
+        # takes the next token of a longer prompt, or the model's.
+        shortest = min(map(len, prompts))
+        start = torch.stack([prompt[:shortest] for prompt in prompts])
+        rest = nn.utils.rnn.pad_sequence([prompt[shortest:] for prompt in prompts],
+                                         batch_first=True, padding_value=-1)
         check_sampling(start, max_new_tokens, temperature, top_k, top_p)
         steps = rest.size(1) + max_new_tokens
         columns = list(self.stream(start, steps, temperature, top_k, top_p, use_cache, generator,
                                    stop_token, rest))
         columns += (steps - len(columns)) * [torch.full_like(start[:, 0], stop_token or 0)]
-        rows = torch.cat((start, *(column[:, None] for column in columns)), dim=1)
-        whole = [torch.cat((text, row[len(prompt):len(prompt) + max_new_tokens]))
-                 for text, prompt, row in zip(texts, read, rows, strict=True)]
-        return whole if several else torch.stack(whole)
+        rows = torch.cat((start, torch.stack(columns, dim=1)), dim=1) if columns else start
+        results = [torch.cat((text, row[len(prompt):len(prompt) + max_new_tokens]))
+                   for text, prompt, row in zip(texts, prompts, rows, strict=True)]
+        return results if several else torch.stack(results)
 
     def recent(self, text):
         """text (B, T), or its last block_size/2 tokens if it is too long to be read whole."""
@@ -781,8 +790,8 @@ def choose_compile(name, device):
     return True, "as given" if name == "True" else "it works here"
 
 
-def multiplies(dtype):
-    """Whether this CPU multiplies matrices of this half-precision dtype other than in software."""
+def cpu_supports(dtype):
+    """Whether this CPU has instructions for products in this half-precision dtype."""
     if not torch.backends.mkldnn.is_available():                 # not known: leave it to torch
         return True
     if dtype == torch.bfloat16:
@@ -810,7 +819,7 @@ def linear(x, weight, bias=None):
     vectors = x.numel() // K
     if not on_cpu(x):
         return F.linear(x, weight, bias)
-    if x.dtype.itemsize == 2 and vectors > 8 and not multiplies(x.dtype):
+    if x.dtype.itemsize == 2 and vectors > 8 and not cpu_supports(x.dtype):
         bias = None if bias is None else bias.float()
         return F.linear(x.float(), weight.float(), bias).to(x.dtype)
     if x.dtype != torch.float32 or vectors > 32 or torch.is_grad_enabled():
@@ -1023,6 +1032,8 @@ SOURCES = (", ".join(HUB) + ", a model of the hub (owner/name), a folder with a 
            "ckpt.pt of nanoGPT")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64,
           "I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
+TOKENIZER_FILES = {"meta.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+                   "merges.txt"}
 MASKS = (".attn.bias", ".attn.masked_bias")                      # constants in old files of GPT-2
 
 # The differences from plain GPT-2 that an architecture can express, some of them by `widen`
@@ -1143,7 +1154,8 @@ def is_pretrained(name):
 
 def is_hub_name(name):
     """Whether this has the form owner/name of a model of the hub."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None and name[-3:] != ".pt"
+    return (re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) is not None
+            and not name.endswith((".pt", ".safetensors")))
 
 
 def read_pretrained(name):
@@ -1364,6 +1376,9 @@ def write_pretrained(folder, config, tensors, tokenizer=None, metadata=None):
     if tokenizer is not None:
         end_of_text = tokenizer.end_of_text
         files = tokenizer.files()
+        for name in TOKENIZER_FILES - files.keys():              # of another tokenizer
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{folder}/{name}")
     files["config.json"] = json.dumps(config_to_json(config, end_of_text), indent=2).encode()
     for name, content in files.items():
         with atomic_write(f"{folder}/{name}") as f:

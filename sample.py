@@ -120,6 +120,11 @@ def load(options, overrides):
     else:
         dtype, _ = choose_dtype(options.dtype, device)
         model = model.to(device, dtype).for_decoding()
+    with torch.no_grad():
+        logits, _ = model.eval()([0])
+    if not logits.isfinite().all():
+        raise UserError(f"{source}: its logits are not finite numbers. The weights are damaged, or "
+                        f"too large for {dtype}: try --dtype=float32")
     with usage_errors():
         compiled, _ = choose_compile(options.compile, device)
     if compiled:
@@ -212,7 +217,7 @@ def write():
     count = writer(tokenizer, prompt[0].tolist(), stream, stop_token)
     seconds = max(time.monotonic() - began, 1e-9)
     print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on "
-          f"{device}, {dtype}")
+          f"{device}, {dtype}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -172,17 +172,19 @@ from data.loader import (
 )
 from data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_from_json
 from model import (
+    CONVERTIBLE,
     GPT2,
     SIZES,
     SOURCES,
+    TOKENIZER_FILES,
     GPT2Config,
     atomic_write,
     choose_compile,
     choose_device,
     choose_dtype,
     convert,
+    cpu_supports,
     is_pretrained,
-    multiplies,
     read_pretrained,
     read_safetensors,
     write_pretrained,
@@ -292,9 +294,11 @@ def check_contradictions(typed, saved, out_dir):
     for name in ("dataset", "seed", "muon", *SHAPE):
         changeable = name in ("dropout", "flash") or name == "dataset" and typed.get("eval_only")
         if name in typed and typed[name] != saved[name] and not changeable:
+            other = "another run from scratch with --out_dir=..."
+            if name in CONVERTIBLE or name in RUN:
+                other = f"another run from these weights with --init_from={out_dir} --out_dir=..."
             raise UsageError(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, "
-                             f"which has {name}={saved[name]}: leave it out, or start another run "
-                             f"from these weights with --init_from={out_dir} --out_dir=...")
+                             f"which has {name}={saved[name]}: leave it out, or start {other}")
 
 
 def check_accumulation(run):
@@ -575,7 +579,8 @@ class Checkpoint:
             for name, value in run.items():
                 check_saved_flag(name, value)
             config = GPT2Config(**shape)
-            self.settings = {**run, **asdict(config)}
+            defaults = {name: f.default for name, f in RUN.items() if "runtime" not in f.metadata}
+            self.settings = {**defaults, **run, **asdict(config)}
             if config.n_layer > len(self.tensors):               # or it takes hours to build them
                 raise ValueError(f"it has fewer tensors than n_layer={config.n_layer}")
             with torch.device("meta"):
@@ -601,11 +606,10 @@ class Checkpoint:
         return text
 
     def check_version(self, run, shape):
-        """Raise UserError if the saved flags are not those of this version of the code."""
-        flags_now = {name for name, f in RUN.items() if "runtime" not in f.metadata}
-        for name in sorted((flags_now ^ run.keys()) | (SHAPE.keys() ^ shape.keys())):
-            word = "has" if name in run or name in shape else "lacks"
-            raise UserError(f"{self.path} was written by another version of the code: it {word} "
+        """Raise UserError for a saved flag that this version of the code does not have. A flag that
+        is newer than the file has its default."""
+        for name in sorted((run.keys() - RUN.keys()) | (shape.keys() - SHAPE.keys())):
+            raise UserError(f"{self.path} was written by another version of the code: it has "
                             f"{name!r:.80}. Resume with that version, or start another run from "
                             f"its weights with --init_from={self.out_dir} --out_dir=...")
 
@@ -627,10 +631,11 @@ class Checkpoint:
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
-            # It keeps the same for all matrices, and for all vectors.
-            kept = {(p.dim(), *sorted(numbered[n])) for n, p in enumerate(ordered)}
-            if len(kept) > len({p.dim() for p in ordered}):
-                raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
+            for dim in (1, 2):                                   # all vectors keep the same, and
+                kept = {frozenset(numbered[n])                   # all matrices do
+                        for n, p in enumerate(ordered) if p.dim() == dim}
+                if len(kept) > 1:
+                    raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
         if state:
@@ -756,9 +761,8 @@ def set_aside(out_dir):
     move."""
     weights = [name for name in sorted(os.listdir(out_dir)) if name.startswith("model")
                and name.endswith((".safetensors", ".safetensors.index.json"))]
-    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "meta.json", "tokenizer.json",
-             "tokenizer_config.json", "vocab.json", "merges.txt", "metrics.jsonl", "loss.svg",
-             "generation_config.json", "tensorboard", *weights]
+    names = [STATE, PREVIOUS, "training_state.pt", "config.json", "generation_config.json",
+             "metrics.jsonl", "loss.svg", "tensorboard", *sorted(TOKENIZER_FILES), *weights]
     here = [name for name in names if os.path.exists(f"{out_dir}/{name}")]
     if not weights and STATE not in here and "config.json" not in here:
         return None
@@ -1166,14 +1170,15 @@ def announce_run(run, config, splits, tokenizer, choices):
 
 def make_optimizers(run, config, parameters, device):
     """The optimizers of a run, each for its own parameters. The learning rate is set at each step,
-    see `learning_rate`; all tensors that they keep are saved.
+    see `learning_rate`; all tensors that they keep are saved. A parameter without requires_grad has
+    none: it is frozen.
 
     parameters: {"transformer.h.0.attn.c_attn.weight": tensor, ...}
     """
-    rest = dict(parameters)
+    rest = {name: p for name, p in parameters.items() if p.requires_grad}
     optimizers = []
     if run.muon:
-        blocks = {name: rest.pop(name) for name, p in parameters.items()
+        blocks = {name: rest.pop(name) for name, p in list(rest.items())
                   if name.startswith("transformer.h.") and p.dim() == 2}
         joined = [p for name, p in blocks.items() if name.endswith("c_attn.weight")]
         single = [p for name, p in blocks.items() if not name.endswith("c_attn.weight")]
@@ -1465,7 +1470,7 @@ class Trainer:
         sequence = np.random.SeedSequence([self.run.seed, self.state.step, rank()])
         torch.manual_seed(int(sequence.generate_state(1)[0]))
         total = 0.0
-        counted = 0.0
+        counted = 0.0                                            # share of the step's targets
         for i in range(self.micro_batches):
             set_sync(self.net, last=i == self.micro_batches - 1)
             loss = self.forward()
@@ -1489,7 +1494,8 @@ class Trainer:
         then each of them has the same weight, in whatever batch and process it is."""
         share, = sum_over_processes([counted / world_size()], self.device)
         share = share or 1.0                                     # none counts
-        torch._foreach_div_([p.grad for p in self.parameters.values()], share)
+        trained = [p for p in self.parameters.values() if p.requires_grad]
+        torch._foreach_div_([p.grad for p in trained], share)
         return share
 
     def forward(self):
@@ -1580,7 +1586,7 @@ def loop(trainer, log, tokenizer):
     run = trainer.run
     state = trainer.state
     signals = StopSignals()
-    stopped = 0
+    exit_code = 0
     while True:
         finished = state.step >= run.max_iters
         due = finished or state.step % run.eval_interval == 0
@@ -1591,16 +1597,16 @@ def loop(trainer, log, tokenizer):
             if every and (finished or state.step % every < run.eval_interval):
                 write_sample(trainer, tokenizer)
             log.since += time.monotonic() - began                # evaluation is no training time
-        if finished or stopped:
+        if finished or exit_code:
             break
-        loss, norm, stopped = train_step(trainer, signals)
+        loss, norm, exit_code = train_step(trainer, signals)
         log.step(trainer, loss, norm)
         if state.step == log.first_step + 3:
             gc.collect()
             gc.freeze()                          # or Python would search all that stays, for 0.1 s
-    if stopped and trainer.saved_step != state.step:
+    if exit_code and trainer.saved_step != state.step:
         save_checkpoint(trainer, tokenizer, export=run.always_save_checkpoint)
-    return stopped
+    return exit_code
 
 
 def evaluate_and_save(trainer, log, tokenizer):
@@ -1817,7 +1823,7 @@ def train(typed, device, why_device):
     if run.dtype == "float16" and (run.fsdp or device.type != "cuda"):
         raise UsageError("--dtype=float16 needs loss scaling, which works on CUDA without FSDP: "
                          "use bfloat16 or float32")
-    if run.dtype == "bfloat16" and device.type == "cpu" and not multiplies(torch.bfloat16):
+    if run.dtype == "bfloat16" and device.type == "cpu" and not cpu_supports(torch.bfloat16):
         raise UsageError("--dtype=bfloat16: this CPU multiplies bfloat16 in software, several "
                          "times slower than float32: leave the flag out")
     dtype, why_dtype = choose_dtype(run.dtype, device, float16=not run.fsdp)
@@ -1864,13 +1870,13 @@ def run_training(trainer, tokenizer):
             announce("tokenizer", f"other programs will find none in {run.out_dir}: GPT-2's files "
                      "are not in tiktoken's cache. sample.py and data/prepare.py download them")
     log = Log(run, trainer.config, state.step, trainer.saved_step is not None)
-    stopped = loop(trainer, log, tokenizer)
+    exit_code = loop(trainer, log, tokenizer)
     log.close()
     curves = draw_curves(run.out_dir) if is_main() else ""
-    if stopped:
+    if exit_code:
         say(f"\nstopped at step {state.step}, saved in {run.out_dir}. Resume with\n"
             f"    {resume_command(run)}")
-        return stopped
+        return exit_code
     if not run.always_save_checkpoint and state.best_step == 0:
         say("\nThe validation loss never improved. Try a lower --learning_rate")
     took = timedelta(seconds=int(time.monotonic() - log.began))
