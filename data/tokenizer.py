@@ -176,10 +176,11 @@ def tokenizer_from_json(meta):
 def load_tokenizer(name):
     """The tokenizer of a folder, of a model of the hub (owner/name), or beside a file: that in its
     meta.json; GPT-2's where there is none. ValueError if it has another one."""
-    from model import is_pretrained
     folder = os.path.dirname(os.path.abspath(name)) if os.path.isfile(name) else name
-    if not os.path.exists(folder) and not is_pretrained(str(name)):
-        raise FileNotFoundError(f"{name} was not found: give the folder of a model or a data set")
+    if not os.path.exists(folder):
+        from model import is_pretrained
+        if not is_pretrained(str(name)):
+            raise FileNotFoundError(f"{name} was not found: name the folder of a model or of data")
     path = f"{folder}/meta.json"
     if not os.path.exists(path):
         if os.path.exists(f"{folder}/meta.pkl"):
