@@ -3284,9 +3284,11 @@ def muon_steps(optimizer, parameters, steps=4):
 SHAPES = [(8, 8), (24, 8), (8, 24), (8, 8), (5, 13), (1, 7)]
 
 
-def test_muon_is_torchs(monkeypatch):
-    """Fails if a matrix that shares its products with others gets another update than torch's Muon
-    gives it. Torch's computes in bfloat16; here both have float32."""
+@pytest.mark.parametrize("at_once", [train.Muon.AT_ONCE, 64])
+def test_muon_is_torchs(monkeypatch, at_once):
+    """Fails if a matrix that shares its products with others, or with some of them, gets another
+    update than torch's Muon gives it. Torch's computes in bfloat16; here both have float32."""
+    monkeypatch.setattr(train.Muon, "AT_ONCE", at_once)
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     torch.manual_seed(0)
     initial = [torch.randn(shape) for shape in SHAPES]
@@ -3323,6 +3325,38 @@ def test_muon_by_hand():
         expected -= torch.cat(updates).float()
         optimizer.step()
     assert_close(weight, expected, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["mlp.c_fc.weight", "mlp.c_fc.bias"])
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_muon_with_loss_scaling(name, value):
+    """Fails if a float16 step that overflows in the gradients of one optimizer changes the weights
+    of the other, or if the loss scale does not fall."""
+    config = GPT2Config(n_layer=1, n_head=1, n_embd=8, block_size=8, vocab_size=8)
+    model = GPT2(config, seed=0)
+    parameters = dict(model.named_parameters())
+    trainer = train.Trainer(train.Run(muon=True, gradient_accumulation_steps=1), config, model, {},
+                            None, torch.device("cpu"), torch.float32)
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    trainer.batch = [torch.arange(8)[None]] * 2
+    trainer.load_batch = lambda: None
+    signals = SimpleNamespace(received=None)
+    train.train_step(trainer, signals)
+    before = {name: p.clone() for name, p in parameters.items()}
+    parameters[f"transformer.h.0.{name}"].register_hook(lambda grad: torch.full_like(grad, value))
+    train.train_step(trainer, signals)
+    assert_same_tensors(parameters, before)
+    assert trainer.scaler.get_scale() == 4.0 and trainer.state.step == 2
+
+
+@pytest.mark.parametrize("how, typed, expected", [
+    ({}, {}, "AdamW: --muon was not given"), ({}, dict(muon=False), "AdamW: as given"),
+    (dict(muon=True), {}, "Muon for the .* rest: the default of stdlib"),
+    (dict(muon=True), dict(muon=True), "Muon for .*: as given"),
+    (dict(muon=True, init_from="resume"), {}, "Muon for .*: as in the checkpoint")], ids=str)
+def test_the_optimizer_is_told(how, typed, expected):
+    """Fails if a run tells another reason for its optimizer than the one that holds."""
+    assert re.fullmatch(expected, train.describe_optimizer(train.Run(**how), typed))
 
 
 def test_muon_gets_the_matrices_of_the_blocks():
@@ -3559,9 +3593,9 @@ def test_two_machines_share_copies(data, alone, tmp_path):
     agree(tmp_path, alone / "all")
 
 
-def weigh(folder):
-    """Write down, after a step, how many numbers this process keeps for each optimizer: weights and
-    gradients, and the optimizer's state."""
+def weigh(folder, when="post"):
+    """Write down, after or before a step, how many numbers this process keeps for each optimizer:
+    weights and gradients, and the optimizer's state."""
     def hook(optimizer, *_):
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         weights = [t for p in parameters for t in (p, p.grad)]
@@ -3570,7 +3604,7 @@ def weigh(folder):
                  for tensors in (weights, state)]
         name = type(optimizer).__name__ + os.environ["RANK"]
         pathlib.Path(folder, name).write_text(json.dumps(sizes))
-    sys.modules["torch.optim.optimizer"].register_optimizer_step_post_hook(hook)
+    getattr(sys.modules["torch.optim.optimizer"], f"register_optimizer_step_{when}_hook")(hook)
 
 
 def weighed(folder, optimizer, ranks):
@@ -3592,6 +3626,9 @@ def test_each_process_holds_its_share(data, tmp_path, mode, ranks):
     muon_weights, momentum = weighed(tmp_path, "Muon", ranks)
     adamw_weights, moments = weighed(tmp_path, "AdamW", ranks)
     assert sum(momentum) == matrices and max(momentum) <= 1.02 * matrices / ranks
+    run("train", f"--out_dir={tmp_path / 'out'}", "--init_from=resume", "--max_iters=2",
+        "--device=cpu", *mode, ranks=ranks, before=partial(weigh, tmp_path, "pre"))
+    assert list(weighed(tmp_path, "Muon", ranks))[1] == momentum
     if mode:
         assert sum(muon_weights) == 2 * matrices and max(muon_weights) <= 2.04 * matrices / ranks
         assert sum(adamw_weights) == 2 * others and max(adamw_weights) <= 2.2 * others / ranks
@@ -4338,8 +4375,9 @@ def test_frozen_parameters(data, tmp_path, ranks, how):
     before = partial(freeze, frozen)
     for out, steps in (("whole", (6,)), ("resumed", (4, 6))):
         for end in steps:
-            run("train", *argv, f"--out_dir={tmp_path / out}", "--init_from=auto", "--lr_decay_iters=6",
-                f"--max_iters={end}", "--eval_interval=2", ranks=ranks, before=before)
+            run("train", *argv, f"--out_dir={tmp_path / out}", "--init_from=auto",
+                "--lr_decay_iters=6", "--eval_interval=2", f"--max_iters={end}", ranks=ranks,
+                before=before)
     same_run(tmp_path / "resumed", tmp_path / "whole")
     weights, _ = read_safetensors(str(tmp_path / "whole" / train.STATE))
     first = dict(GPT2(GPT2.from_pretrained(tmp_path / "whole").config, seed=1337)

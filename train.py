@@ -82,8 +82,8 @@ class Run:
     schedule: str = flag("cosine", "of the decay: cosine, linear", choices=("cosine", "linear"))
     warmup_iters: int = flag(50, "steps of warm-up", at_least=0)
     lr_decay_iters: int = flag(None, "step at which min_lr is reached [max_iters]", at_least=1)
-    min_lr: float = flag(None, "lowest learning rate; with a data set of yours learning_rate / 10",
-                         at_least=0)
+    min_lr: float = flag(None, "lowest learning rate; with --dataset, --size or --no-muon "
+                         "learning_rate / 10", at_least=0)
     muon: bool = flag(False, "Muon in place of AdamW for the matrices of the blocks")
     weight_decay: float = flag(0.1, "weight decay, on matrices only", at_least=0)
     beta1: float = flag(0.9, "AdamW beta1", at_least=0, below=1)
@@ -626,7 +626,10 @@ class Checkpoint:
             if not fits(value, p):
                 raise UserError(self.damaged(ValueError(
                     f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}")))
-            state.setdefault((int(i), p), {})[key] = placed(value, p)
+            value = placed(value, p)
+            if names[int(i)] == "Muon":
+                value = own_rows(value).clone()                  # the rest may be freed
+            state.setdefault((int(i), p), {})[key] = value
         for i, optimizer in enumerate(optimizers):
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
@@ -1150,11 +1153,6 @@ def announce_run(run, config, splits, tokenizer, choices):
                             f"accumulated ({batches // world_size()} in each process) = "
                             f"{samples * config.block_size:,} tokens a step; an epoch is "
                             f"{len(splits['train']) / samples:,.1f} steps")
-    if run.muon:
-        why = "the default of stdlib" if run.dataset == Run.dataset else "--muon"
-        choices["optimizer"] = f"Muon for the matrices of the blocks, AdamW for the rest: {why}"
-    else:
-        choices["optimizer"] = "AdamW: --muon was not given"
     with torch.device("meta"):
         parameters = GPT2(config).num_parameters()
     changes = [f"{name}={value}" for name, value in config.beyond_gpt2.items()]
@@ -1162,6 +1160,18 @@ def announce_run(run, config, splits, tokenizer, choices):
                         f"{', '.join(changes) or 'plain GPT-2'}")
     for topic, text in choices.items():
         announce(topic, text)
+
+
+def describe_optimizer(run, typed):
+    """The optimizers of a run, and why."""
+    why = f"the default of {run.dataset}" if run.muon else "--muon was not given"
+    if run.init_from == "resume":
+        why = "as in the checkpoint"
+    elif "muon" in typed:
+        why = "as given"
+    if run.muon:
+        return f"Muon for the matrices of the blocks, AdamW for the rest: {why}"
+    return f"AdamW: {why}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1207,6 +1217,7 @@ class Muon(torch.optim.Optimizer):
     A group's "parts" are the numbers of rows of the matrices that a parameter is joined of.
     """
     MOMENTUM = 0.95
+    AT_ONCE = 2**25                              # numbers in a product: 128 MB in float32
 
     def __init__(self, groups, lr, weight_decay):
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "parts": None})
@@ -1247,7 +1258,7 @@ class Muon(torch.optim.Optimizer):
                         equal.setdefault(matrix.shape, []).append(matrix)
         for shape, matrices in equal.items():
             scale = 0.2 * math.sqrt(max(shape))
-            at_once = max(1, 2**25 // shape.numel())             # 128 MB in float32
+            at_once = max(1, self.AT_ONCE // shape.numel())
             for i in range(0, len(matrices), at_once):
                 batch = matrices[i:i + at_once]
                 torch._foreach_copy_(batch, list(scale * orthogonal(torch.stack(batch))))
@@ -1506,12 +1517,14 @@ class Trainer:
     def backward(self, loss):
         self.scaler.scale(loss / self.micro_batches).backward()
 
-    def update(self):
-        """Update the weights, and count the step."""
+    def update(self, finite=True):
+        """Update the weights if the gradients are finite, and count the step. GradScaler would ask
+        each optimizer for itself, but clipping spreads what is not finite to all gradients."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(self.run, self.state.step)
-            self.scaler.step(optimizer)
+            if finite:
+                self.scaler.step(optimizer)
             # DDP keeps gradients in its buckets; new ones would be a second copy.
             optimizer.zero_grad(set_to_none=self.net is self.model)
         self.scaler.update()
@@ -1665,11 +1678,12 @@ def train_step(trainer, signals):
         [loss / world_size(), norm / world_size(), signals.received == signal.SIGINT,
          signals.received == signal.SIGTERM], trainer.device)
     what = "loss" if not math.isfinite(loss) else "gradient"
-    skipped = trainer.scaler.is_enabled()                        # GradScaler skips such a step
-    if not math.isfinite(loss) or not (math.isfinite(norm) or skipped):
+    finite = math.isfinite(norm)
+    skips = trainer.scaler.is_enabled()                          # and lowers its scale
+    if not math.isfinite(loss) or not (finite or skips):
         raise not_finite(trainer, f"the {what} of step {trainer.state.step + 1}",
                          "The weights were not updated")
-    trainer.update()
+    trainer.update(finite)
     if interrupted or terminated:
         return loss, norm, 130 if interrupted else 143
     return loss, norm, 0
@@ -1838,6 +1852,8 @@ def train(typed, device, why_device):
     trainer = Trainer(run, config, model, splits, checkpoint, device, dtype)
     choices = {"device": f"{device}: {why_device}", "dtype": f"{dtype}: {why_dtype}",
                "compile": f"{compiled}: {why_compile}"}
+    if not run.eval_only:
+        choices["optimizer"] = describe_optimizer(run, typed)
     if checkpoint:
         choices.update(changed_rate(run, checkpoint))
     if run.benchmark and weights is None:
