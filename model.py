@@ -55,7 +55,7 @@ def check_type(f, value):
         raise ValueError(f"{shown} must be a whole number from 1 to 16,777,216")
 
 
-# A field that has an effect only with a switch.
+# {switch: the field that has an effect only with it}
 SWITCHES = {"rope": "rope_theta", "gqa": "n_kv_head", "sliding_window": "window_size"}
 
 
@@ -170,6 +170,9 @@ SIZES = {                                        # of OpenAI's models, all with 
     "gpt2-xl": dict(n_layer=48, n_head=25, n_embd=1600)}
 
 
+SHAPE_FIELDS = {f.name for f in fields(GPT2Config)}
+
+
 # --------------------------------------------------------------------------------------------------
 # Attention
 
@@ -177,14 +180,12 @@ SIZES = {                                        # of OpenAI's models, all with 
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
     """softmax(q kᵀ / √D + mask) v  (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 
-    q (..., T, D), k and v (..., S, D) -> (..., T, D). `mask` broadcasts to (..., T, S): boolean,
-    True where a query may see a key, or numbers to add to the scores.
+    q (..., T, D), k and v (..., S, D) -> (..., T, D). `mask` broadcasts to (..., T, S): True where
+    a query may see a key. In the formula that is 0, and elsewhere -∞.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))     # (..., T, S)
-    if mask is not None and mask.dtype == torch.bool:
+    if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        scores = scores + mask
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
@@ -250,8 +251,8 @@ class KVCache:
         start = self.seen
         end = start + T
         # With gradients a chunk overwrites nothing: backward may need what an earlier one returned.
-        fits = end <= self.size and not new.requires_grad
-        if T <= 1 or fits:
+        in_place = end <= self.size and not new.requires_grad
+        if T <= 1 or in_place:
             at = start % self.size                               # replaces what left the window
             kept.narrow(-2, at, T).copy_(new)
             return kept.narrow(-2, 0, min(end, self.size))
@@ -259,7 +260,7 @@ class KVCache:
         # before writing.
         positions = torch.arange(max(0, start - self.size), end, device=new.device)
         slots = positions % self.size
-        before = kept[..., slots[:-T], :]
+        before = kept[..., slots[:-T], :]                        # the up to `size` keys before new
         both = torch.cat((before, new), dim=-2) if start else new
         last = slots[-min(T, self.size):]
         kept[..., last, :] = new[..., -len(last):, :]
@@ -290,8 +291,8 @@ class AttentionHead(nn.Module):
             k = rotate(k, *rotary)
         if cache is not None:
             k, v = cache.extend(k, v)
-        if q.size(-2) == 1:
-            return self.attend(q, k, v)                          # it may see all of these keys
+        if q.size(-2) == 1:                                      # it may see all keys, which the
+            return self.attend(q, k, v)                          # cache returns in any order
         if self.window is not None and k.size(-2) > self.window:
             return attend_in_window(self.attend, q, k, v, self.window)
         return self.attend(q, k, v, causal=True)
@@ -339,8 +340,9 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, rotary=None, cache=None):
         qkv = self.c_attn(x)                                     # (B, T, C + 2·K·D)
         dtype = qkv.dtype
-        if on_cpu(qkv) and dtype.itemsize == 2:     # torch's attention is slow in half
-            qkv = qkv.float()                                    # precision on a CPU
+        # On a CPU torch's attention is slow in half precision.
+        if on_cpu(qkv) and dtype.itemsize == 2:
+            qkv = qkv.float()
         q, k, v = (self.split_heads(part) for part in qkv.split(self.sizes, dim=-1))
         y = self.head(q, k, v, rotary, cache)                    # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2).to(dtype)               # (B, T, C)
@@ -394,9 +396,6 @@ def empty_embedding(rows, width):
     """nn.Embedding without initial values. Its own constructor draws random numbers, which takes a
     second of imports on the meta device."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
-
-
-LAST = (slice(None), -1)                         # the last position of each text
 
 
 class GPT2(nn.Module):
@@ -642,7 +641,7 @@ class GPT2(nn.Module):
                 unread = text if cache is None else text[:, -1:]
                 if use_cache and cache is None:
                     cache = self.new_cache(min(config.block_size, text.size(1) + left))
-                logits, _ = self(unread, cache=cache, at=LAST)
+                logits, _ = self(unread, cache=cache, at=(slice(None), -1))
                 token = sample_token(logits, temperature, top_k, top_p, generator)
                 written = torch.ones_like(stopped)               # by the model
                 if rest is not None and i < rest.size(1):
@@ -800,7 +799,7 @@ def cpu_supports(dtype):
 
 
 def on_cpu(tensor):
-    """Whether the fast paths of a CPU serve this tensor."""
+    """Whether the fast paths of a CPU serve this tensor. .github/scale.py replaces it."""
     return tensor.is_cpu
 
 
@@ -1095,7 +1094,7 @@ def config_to_json(config, end_of_text=None):
         **dict.fromkeys(dropouts, config.dropout), "initializer_range": 0.02, "dtype": "float32",
         "n_ctx": config.block_size, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
     }
-    told = asdict(config_from_json(saved)[0])
+    told = asdict(config_from_json(saved)[0])                    # without gpt2_flags
     saved["gpt2_flags"] = {f.name: getattr(config, f.name) for f in fields(config)
                            if getattr(config, f.name) != told.get(f.name, f.default)}
     return saved
@@ -1247,6 +1246,11 @@ def advice_on_pickles(folder):
     return ""
 
 
+# On the way to a file a parameter of ours is widened (`widen` adds the bias that we leave out and
+# repeats key/value heads), then named and transposed (`to_file`). On the way back, the last step is
+# `narrow`. `stored` is the config of the widened model.
+
+
 def stored_model(config, architecture):
     """-> (config of the same model as the architecture stores it, {name: parameter without
     numbers}). Dropped biases are stored as zeros, and GPT-2 has each key/value head as often as
@@ -1268,8 +1272,7 @@ def to_file(stored, architecture, name, tensor):
             name = name.replace(ours, theirs)
         if "{}" not in name:
             return [(name, tensor)]
-        width = stored.kv_heads * stored.head_dim
-        parts = tensor.split([stored.n_embd, width, width])
+        parts = tensor.split(stored.qkv_sizes)
         return [(name.format(letter), part) for letter, part in zip("qkv", parts, strict=True)]
     if name.endswith(TRANSPOSED) and architecture != "nanogpt":
         tensor = tensor.t()
@@ -1413,12 +1416,13 @@ def convert(saved, weights, overrides):
         raise ValueError(f"block_size={config.block_size} exceeds the checkpoint's "
                          f"{saved.block_size} positions")
     weights = dict(weights)
-    changes = [*convert_positions(saved, config, weights), *convert_heads(saved, config, weights),
-               *convert_window(saved, config)]
+    changes = []
+    convert_positions(saved, config, weights, changes)
+    convert_heads(saved, config, weights, changes)
+    note_window(saved, config, changes)
     return config, weights, changes
 
 
-SHAPE_FIELDS = {f.name for f in fields(GPT2Config)}
 # What `convert` can change; it refuses any other field.
 CONVERTIBLE = {"block_size", "dropout", "flash", "rope", "rope_theta", "gqa", "n_kv_head",
                "sliding_window", "window_size"}
@@ -1439,33 +1443,35 @@ def check_overrides(saved, overrides):
             raise ValueError(f"the checkpoint was trained with {name}, which cannot be removed")
 
 
-def convert_positions(saved, config, weights):
+def convert_positions(saved, config, weights, changes):
+    """Convert the weights in place, and append to `changes` what changed."""
     if config.rope and not saved.rope:
         del weights["transformer.wpe.weight"]
-        yield ("rope: the learned positions (wpe) are dropped; fine-tune the model to recover its "
-               "quality")
+        changes.append("rope: the learned positions (wpe) are dropped; fine-tune the model to "
+                       "recover its quality")
     if config.rope and config.block_size != saved.block_size:
-        yield (f"block_size: texts of up to {config.block_size} tokens; the weights were trained "
-               f"on texts of {saved.block_size}")
+        changes.append(f"block_size: texts of up to {config.block_size} tokens; the weights were "
+                       f"trained on texts of {saved.block_size}")
     elif config.block_size < saved.block_size:
         wpe = weights["transformer.wpe.weight"]
         weights["transformer.wpe.weight"] = wpe[:config.block_size]
-        yield f"block_size: the first {config.block_size} of {saved.block_size} positions are kept"
+        changes.append(f"block_size: the first {config.block_size} of {saved.block_size} positions "
+                       "are kept")
 
 
-def convert_heads(saved, config, weights):
+def convert_heads(saved, config, weights, changes):
+    """Convert the weights in place, and append to `changes` what changed."""
     if config.kv_heads == saved.kv_heads:
         return
     if saved.kv_heads % config.kv_heads:
         raise ValueError(f"n_kv_head={config.kv_heads} does not divide the checkpoint's "
                          f"{saved.kv_heads}")
-    width = saved.kv_heads * saved.head_dim
     for name in weights:
         if "c_attn" in name:
-            q, k, v = weights[name].split([saved.n_embd, width, width])
+            q, k, v = weights[name].split(saved.qkv_sizes)
             weights[name] = torch.cat((q, average_heads(k, config), average_heads(v, config)))
-    yield (f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; fine-tune "
-           "the model to recover its quality")
+    changes.append(f"gqa: {saved.kv_heads} key/value heads are averaged to {config.kv_heads}; "
+                   "fine-tune the model to recover its quality")
 
 
 def average_heads(x, config):
@@ -1474,22 +1480,18 @@ def average_heads(x, config):
     return heads.double().mean(dim=1).flatten(0, 1).float()      # float64: equal heads stay exact
 
 
-def convert_window(saved, config):
-    before = reach(saved, config)
-    after = reach(config, config)
+def note_window(saved, config, changes):
+    """Append to `changes` how the window changed. The weights are the same with any window."""
+    limit = math.inf if config.rope else config.block_size
+    before = min(saved.window_size or limit, limit)
+    after = min(config.window_size or limit, limit)
     if after < before:
-        yield (f"sliding_window: the weights are used as they are, with a window of {after}; "
-               "fine-tune the model to recover its quality")
+        changes.append("sliding_window: the weights are used as they are, with a window of "
+                       f"{after}; fine-tune the model to recover its quality")
     elif saved.sliding_window and after > before:
         change = "widened" if config.sliding_window else "removed"
-        yield (f"sliding_window: {change}; the weights were trained with a window of {before}; "
-               "fine-tune the model to recover its quality")
-
-
-def reach(windowed, config):
-    """How many tokens a token sees with the window of `windowed` in a text of `config`."""
-    limit = math.inf if config.rope else config.block_size
-    return min(windowed.window_size or limit, limit)
+        changes.append(f"sliding_window: {change}; the weights were trained with a window of "
+                       f"{before}; fine-tune the model to recover its quality")
 
 
 @contextlib.contextmanager

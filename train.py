@@ -150,7 +150,8 @@ OUT_OF_MEMORY = ("The same result with less memory: divide --batch_size by a num
                  "or --fsdp under torchrun")
 
 if __name__ == "__main__" and "--help" in sys.argv:              # before torch: it takes seconds
-    SHAPE = flags_in_source(__file__.replace("train.py", "model.py"), "GPT2Config")
+    model_file = os.path.join(os.path.dirname(os.path.abspath(__file__)), "model.py")
+    SHAPE = flags_in_source(model_file, "GPT2Config")
     run_main(lambda: parse_flags(__doc__, {**RUN, **SHAPE}, defaults=DEFAULTS), OUT_OF_MEMORY)
 
 # Else torch's C++ logs stack traces where a process ends while others still talk to it.
@@ -315,6 +316,9 @@ def check_accumulation(run):
 # Processes: all of torch.distributed
 
 
+store = None                                     # set by `open_store`
+
+
 def rank():
     return int(os.environ.get("RANK", 0))
 
@@ -456,7 +460,6 @@ def set_sync(net, last):
         net.require_backward_grad_sync = last
 
 
-store = None                                     # set by `open_store`
 MAIN_FIRST = 2                                   # seconds that the others wait in `report`
 
 
@@ -634,9 +637,9 @@ class Checkpoint:
             # load_state_dict numbers the parameters in the order of the groups.
             ordered = [p for group in optimizer.param_groups for p in group["params"]]
             numbered = {n: state.pop((i, p), {}) for n, p in enumerate(ordered)}
-            for dim in (1, 2):                                   # all vectors keep the same, and
-                kept = {frozenset(numbered[n])                   # all matrices do
-                        for n, p in enumerate(ordered) if p.dim() == dim}
+            # It keeps the same for all vectors, and for all matrices.
+            for dim in (1, 2):
+                kept = {frozenset(numbered[n]) for n, p in enumerate(ordered) if p.dim() == dim}
                 if len(kept) > 1:
                     raise UserError(self.damaged(ValueError("it lacks tensors of an optimizer")))
             groups = optimizer.state_dict()["param_groups"]
@@ -714,7 +717,7 @@ def save_state(trainer, tokenizer):
                     raise TypeError(f"the optimizer keeps {key}={value!r} for {name}; only tensors "
                                     "can be saved")
                 tensors[f"optimizer.{i}.{key}.{name}"] = value
-    whole = map(gathered, tensors.values())
+    whole = map(gathered, tensors.values())                      # lazy: one of them at a time
     if not is_main():
         return exhaust(whole)
     settings = {name: value for name, value in asdict(run).items()
@@ -1464,7 +1467,7 @@ class Trainer:
         """Read the first batch."""
         data = self.splits["train"]
         sampler = EndlessSampler(data, rank(), world_size(), self.run.seed, self.state.samples)
-        self.batches = iter(DataLoader(data, self.run.batch_size, sampler=sampler, collate_fn=keep,
+        self.batches = iter(DataLoader(data, self.run.batch_size, sampler=sampler, collate_fn=list,
                                        pin_memory=self.device.type == "cuda"))
         self.load_batch()
 
@@ -1489,7 +1492,7 @@ class Trainer:
                 share = (self.batch[1] >= 0).float().mean()
                 counted = counted + share / self.micro_batches
                 loss = loss * share
-            self.load_batch()                                    # while a GPU computes
+            self.load_batch()                    # the next one, while a GPU computes on this one
             self.backward(loss)
             total = total + loss.detach()
         for optimizer in self.optimizers:
@@ -1526,15 +1529,11 @@ class Trainer:
             if finite:
                 self.scaler.step(optimizer)
             # DDP keeps gradients in its buckets; new ones would be a second copy.
-            optimizer.zero_grad(set_to_none=self.net is self.model)
+            is_ddp = self.net is not self.model
+            optimizer.zero_grad(set_to_none=not is_ddp)
         self.scaler.update()
         self.state.step += 1
         self.state.samples += self.samples_per_step
-
-
-def keep(batch):
-    """Collates nothing: TokenDataset returns whole batches."""
-    return batch
 
 
 def learning_rate(run, step):
@@ -1546,9 +1545,12 @@ def learning_rate(run, step):
     lowest = run.learning_rate / 10 if run.min_lr is None else run.min_lr
     end = run.lr_decay_iters or run.max_iters
     done = min(1.0, (step - run.warmup_iters) / max(1, end - run.warmup_iters))
-    left = 1 - done
     if run.schedule == "cosine":
         left = 0.5 * (1 + math.cos(math.pi * done))
+    elif run.schedule == "linear":
+        left = 1 - done
+    else:
+        raise NotImplementedError(f"schedule={run.schedule}")
     return lowest + left * (run.learning_rate - lowest)
 
 
@@ -1684,9 +1686,12 @@ def train_step(trainer, signals):
         raise not_finite(trainer, f"the {what} of step {trainer.state.step + 1}",
                          "The weights were not updated")
     trainer.update(finite)
-    if interrupted or terminated:
-        return loss, norm, 130 if interrupted else 143
-    return loss, norm, 0
+    exit_code = 0
+    if terminated:
+        exit_code = 143
+    if interrupted:
+        exit_code = 130
+    return loss, norm, exit_code
 
 
 def not_finite(trainer, what, consequence):
