@@ -1,5 +1,5 @@
 """
-Make the README's tables and pictures of what the changes to the attention bring, and of how cost
+Make EVIDENCE.md's tables and pictures of what the changes to the attention bring, and of how cost
 grows. The runs are kept in out-evidence/, the pictures beside this file.
 
     python .github/evidence.py            # all: two hours on two cores
