@@ -180,12 +180,14 @@ SHAPE_FIELDS = {f.name for f in fields(GPT2Config)}
 def scaled_dot_product_attention(q, k, v, mask=None, dropout_p=0.0):
     """softmax(q kᵀ / √D + mask) v  (Vaswani et al. 2017, arXiv 1706.03762, equation 1).
 
-    q (..., T, D), k and v (..., S, D) -> (..., T, D). `mask` broadcasts to (..., T, S): True where
-    a query may see a key. In the formula that is 0, and elsewhere -∞.
+    q (..., T, D), k and v (..., S, D) -> (..., T, D). `mask` broadcasts to (..., T, S): boolean,
+    True where a query may see a key, or numbers to add to the scores.
     """
     scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))     # (..., T, S)
-    if mask is not None:
+    if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
     return F.dropout(scores.softmax(dim=-1), dropout_p) @ v
 
 
