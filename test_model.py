@@ -3733,7 +3733,7 @@ def test_simulation_by_hand(mode, processes):
         "DDP": {"allreduce": 2 * everything * 7 / 8},
         "FSDP": {"allgather_base": 2 * (2 * blocks + everything - blocks) * 7 / 8,
                  "reduce_scatter_base": 2 * everything * 7 / 8}}
-    sent["HSDP"] = {**sent["FSDP"], "allreduce": 2 * 2 * everything / 8 / 2}
+    sent["HSDP"] = {**sent["FSDP"], "allreduce": 2 * everything / 8 / 2}     # once a step
     found = {name: size for name, size in whole["sent"].items() if name != "all_reduce"}  # the norm
     assert found == pytest.approx(sent[mode], rel=2e-3)
 
@@ -3744,7 +3744,8 @@ def test_simulation_by_hand(mode, processes):
     ("single", 1, 2, {}), ("DDP", 2, 2, {}), ("DDP", 4, 2, {}), ("FSDP", 2, 1, {}),
     ("FSDP", 2, 8, {}), ("FSDP", 4, 1, {}), ("FSDP", 4, 8, {}), ("HSDP", 4, 2, {}),
     ("single", 1, 2, {"muon": True}), ("DDP", 2, 2, {"muon": True}), ("FSDP", 2, 2, {"muon": True}),
-    ("FSDP", 2, 2, {"grad_checkpoint": True})])
+    ("FSDP", 2, 2, {"grad_checkpoint": True}), ("single", 1, 2, {"grad_checkpoint": True}),
+    ("HSDP", 4, 2, {"grad_checkpoint": True})])
 def test_simulated_memory(data, tmp_path, mode, processes, micro_batches, how):
     """Fails if the simulated peak of a step is not within 10 % of what real processes grow by, so
     also if DDP or FSDP keep a second copy of the gradients while these accumulate."""
@@ -3806,6 +3807,17 @@ def test_refused_under_torchrun(data, straight, tmp_path, ranks, argv, words):
     out = straight / "whole" if "--init_from=resume" in argv else tmp_path / "out"
     argv = [*flags(dataset=data, out_dir=out), *argv]
     one_line(run("train", *argv, ranks=ranks, code=2, timeout=20).err, *words)
+
+
+def uneven_machines():
+    os.environ["LOCAL_WORLD_SIZE"] = "1" if os.environ["RANK"] == "2" else "2"
+
+
+def test_hsdp_on_uneven_machines(data, tmp_path):
+    """Fails if HSDP hangs where one machine has more processes than another."""
+    argv = flags(dataset=data, out_dir=tmp_path, gradient_accumulation_steps=3)
+    err = run("train", *argv, *HSDP, ranks=3, before=uneven_machines, code=1, timeout=30).err
+    one_line(err, "as many processes on each machine: process 2 of 3 has 1, process 0 has 2")
 
 
 def test_ranks_that_see_other_things(data, tmp_path):
@@ -5060,6 +5072,7 @@ train-   2  --eval_only                                            add --init_fr
 train-   2  --eval_only --init_from=auto                           add --init_from=resume
 train-   2  --eval_only --init_from={run} --eval_stride=33         more than block_size=32
 train-   2  --eval_only --init_from={run} --eval_stride=0          at least 1
+train-   2  --benchmark --trace=no_folder/x                        --trace=no_folder/x cannot
 train    2  --dtype=int8                                           float32, bfloat16
 train    2  --dtype=float16                                        use bfloat16 or float32
 train    2  --compile=maybe                                        auto, True, False

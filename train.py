@@ -213,6 +213,9 @@ def parse_command_line():
                "has no effect with --benchmark")
     else:
         refuse(typed, ["trace"], "has no effect without --benchmark")
+    trace = typed.get("trace")
+    if trace and (os.path.isdir(trace) or not os.path.isdir(os.path.dirname(trace) or ".")):
+        raise UsageError(f"--trace={trace} cannot be written: name a file in a folder that exists")
     if not is_distributed():
         refuse(typed, ["backend"], "has no effect on one process")
     if typed.get("fsdp") and not is_distributed():
@@ -230,15 +233,12 @@ def parse_command_line():
 
 
 def check_machines(typed):
-    """Raise UsageError if --hsdp has no effect, or cannot work."""
+    """Raise UsageError if --hsdp has no effect."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if not typed.get("fsdp"):
         raise UsageError("--hsdp has no effect without --fsdp")
     if processes == world_size():
         raise UsageError("--hsdp has no effect on one machine: leave it out")
-    if world_size() % processes:
-        raise UsageError(f"--hsdp needs as many processes on each machine: of {world_size()}, this "
-                         f"one has {processes}")
 
 
 def resolve(typed):
@@ -454,10 +454,13 @@ def wrap(model, fsdp):
 
 
 def set_sync(net, last):
-    """Let DDP exchange gradients only in the last batch of a step. To be called before the forward
-    pass. FSDP exchanges them in every batch: else each process would keep them whole."""
+    """Let DDP, and HSDP between machines, exchange gradients only in the last batch of a step. To
+    be called before the forward pass. Within its mesh FSDP exchanges them in every batch: else each
+    process would keep them whole."""
     if isinstance(net, torch.nn.parallel.DistributedDataParallel):
         net.require_backward_grad_sync = last
+    elif hasattr(net, "set_requires_all_reduce"):
+        net.set_requires_all_reduce(last)
 
 
 MAIN_FIRST = 2                                   # seconds that the others wait in `report`
@@ -1126,6 +1129,8 @@ def build_model(run, config, weights, device, dtype, compiled):
         model = GPT2(config)
     model.grad_checkpoint = run.grad_checkpoint
     if compiled:
+        # Else dynamo cuts the graph of a large block in two for DDP.
+        torch._dynamo.config.optimize_ddp = False
         model.cross_entropy = torch.compile(model.cross_entropy)
         for block in model.transformer.h:                        # one compilation serves all
             block.compile()
@@ -1839,6 +1844,9 @@ def prepare_device(device):
 def train(typed, device, why_device):
     """One run, from the flags to the last checkpoint. Returns the exit code."""
     run, shape, checkpoint = resolve(typed)
+    if run.hsdp:
+        check_same("--hsdp needs as many processes on each machine",
+                   int(os.environ["LOCAL_WORLD_SIZE"]))
     if run.dtype == "float16" and (run.fsdp or device.type != "cuda"):
         raise UsageError("--dtype=float16 needs loss scaling, which works on CUDA without FSDP: "
                          "use bfloat16 or float32")
