@@ -9,7 +9,8 @@ train.py's own step on fake tensors, which have a shape and no numbers, in a fak
 All blocks are alike, so unless --whole is given the step is run with 3 and with 5 of them, and the
 figures continue the line. Micro-batches of 1 x 1,024 tokens, two of them a step; bfloat16, weights
 in float32; 8 processes a machine. Seen are the tensors of PyTorch. Not seen are CUDA itself, the
-buffers of nccl, what CUDA's allocator leaves unused, and the workspaces of its kernels.
+buffers of nccl, what CUDA's allocator leaves unused, the workspaces of its kernels, and what
+--compile changes. Muon's update is taken in float32, where a GPU has bfloat16.
 
 Columns, in GB: the weights, gradients and optimizer state of a process; what a forward pass adds
 (activations; on one device and in DDP the weights in bfloat16; in FSDP the gathered embeddings);
