@@ -2,7 +2,7 @@
 What a training step on many GPUs needs, computed without them: one process of 1 to 512 runs
 train.py's own step on fake tensors, which have a shape and no numbers, in a fake process group.
 
-    python .github/scale.py                        # OpenAI's four sizes
+    python .github/scale.py                        # OpenAI's four sizes: 20 minutes on a CPU
     python .github/scale.py gpt2-xl --muon         # one of them, with Muon
     python .github/scale.py gpt2 --whole           # runs every layer: 5 to 20 times as long
 
