@@ -4302,8 +4302,8 @@ def lose_moment(tensors, saved):
     saved["tensors"].remove(MOMENT)
 
 
-def rename_moment(tensors, saved):
-    name = MOMENT.replace("0", "x")
+def rename_moment(tensors, saved, number="x"):
+    name = MOMENT.replace("0", number)
     tensors[name] = tensors[MOMENT]
     saved["tensors"].append(name)
     lose_moment(tensors, saved)
@@ -4336,6 +4336,7 @@ DAMAGES = {                                  # name: (change of the file at a pa
     "layers": (with_value("config", n_layer=10**5), "fewer tensors than n_layer=100000"),
     "optimizer x": (rewrite(rename_moment), "version"),
     "moment lost": (rewrite(lose_moment), "lacks tensors of an"),
+    "optimizer 9": (rewrite(partial(rename_moment, number="9")), "lacks tensors of an"),
 }
 
 

@@ -633,7 +633,7 @@ class Checkpoint:
                 raise UserError(self.damaged(ValueError(
                     f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}")))
             value = placed(value, p)
-            if names[int(i)] == "Muon":
+            if int(i) < len(optimizers) and isinstance(optimizers[int(i)], Muon):
                 value = own_rows(value).clone()                  # the rest may be freed
             state.setdefault((int(i), p), {})[key] = value
         for i, optimizer in enumerate(optimizers):
