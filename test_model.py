@@ -3709,6 +3709,7 @@ def simulated(processes_of_a_machine, *args, **flags):
 
 
 def simulate_here(processes_of_a_machine, *args, **flags):
+    torch.set_num_threads(1)                                     # as in `child`
     spec = importlib.util.spec_from_file_location("scale", HERE / ".github/scale.py")
     scale = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(scale)
