@@ -57,8 +57,9 @@ class GPT2Config:
     def __post_init__(self):
         for f in fields(self):
             value = getattr(self, f.name)
-            kind = (int, float) if f.type is float else f.type
-            if not isinstance(value, kind):
+            if f.type is float and type(value) is int:
+                value = float(value)
+            if not isinstance(value, f.type):
                 raise ValueError(f"{f.name}={value!r:.50} is not of type {f.type}")
             if type(value) is int and not 0 < value <= 2**24:
                 raise ValueError(f"{f.name}={value} must be from 1 to 16,777,216")
@@ -283,7 +284,7 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, rotary=None, cache=None):
         qkv = self.c_attn(x)                                     # (B, T, C + 2·K·D)
         dtype = qkv.dtype
-        if qkv.is_cpu:                   # where torch's attention is slow in half precision
+        if qkv.is_cpu and dtype.itemsize == 2:           # torch's attention is slow in these here
             qkv = qkv.float()
         q, k, v = (self.split_heads(part) for part in qkv.split(self.sizes, dim=-1))
         y = self.head(q, k, v, rotary, cache)                    # (B, H, T, D)
@@ -460,9 +461,11 @@ class GPT2(nn.Module):
         text = token_ids(idx, self.device)
         if text.size(1) == 0:
             raise ValueError("the text is empty: the model continues at least one token")
-        if not temperature >= 0 or (top_k or 1) < 1 or not 0 < (top_p or 1) <= 1:
-            raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: must be at "
-                             "least 0, at least 1, and above 0 up to 1")
+        if not temperature >= 0 or max_new_tokens < 0:
+            raise ValueError(f"temperature={temperature} and max_new_tokens={max_new_tokens} must "
+                             "be 0 or more")
+        if top_p is not None and not 0 < top_p <= 1:
+            raise ValueError(f"top_p={top_p} must be above 0 and at most 1")
         config = self.config
         cache = None
         stopped = torch.zeros_like(text[:, 0], dtype=torch.bool)
@@ -827,7 +830,7 @@ def read_pretrained(name):
             for twice in tensors.keys() & more.keys():
                 raise ValueError(f"{twice!r:.80} is in another file of the model, too")
             tensors.update(more)
-    with damage(path):
+    with damage(name):
         return config, from_file(config, tensors), []
 
 
@@ -849,8 +852,8 @@ def weight_files(folder):
     if os.path.exists(f"{folder}/model.safetensors") or not os.path.exists(index):
         return [f"{folder}/model.safetensors"]
     with open(index, encoding="utf-8") as f, damage(index):
-        names = set(json.load(f)["weight_map"].values())
-    return [os.path.join(folder, os.path.basename(name)) for name in sorted(names)]
+        names = sorted(set(json.load(f)["weight_map"].values()))
+        return [os.path.join(folder, os.path.basename(name)) for name in names]
 
 
 def read_nanogpt(path):
@@ -860,10 +863,11 @@ def read_nanogpt(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         config = GPT2Config(**saved["model_args"])
         tensors = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
+        tensors = add_biases(tensors)
         for name in tensors:
             if name.endswith(TRANSPOSED):
                 tensors[name] = tensors[name].t()
-        weights = from_file(config, add_biases(tensors))
+        weights = from_file(config, tensors)
     return config, weights, ["gelu: nanoGPT computes the exact one, this model GPT-2's tanh "
                              "approximation; OpenAI's logits differ by 3e-3"]
 
@@ -929,8 +933,11 @@ def from_file(config, tensors):
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     head = tensors.pop("lm_head.weight", None)
     if kind != "starcoder2":             # OpenAI's own files leave out the first part of the names
-        tensors = {f"transformer.{name.removeprefix('transformer.')}": tensor
-                   for name, tensor in tensors.items()}
+        named = {f"transformer.{name.removeprefix('transformer.')}": tensor
+                 for name, tensor in tensors.items()}
+        if len(named) < len(tensors):
+            raise ValueError("a tensor is there with and without transformer. before its name")
+        tensors = named
     if config.n_layer > len(tensors):                            # to build so many would take hours
         raise ValueError(f"config.json asks for {config.n_layer} layers, the file has "
                          f"{len(tensors)} tensors")
@@ -1095,19 +1102,19 @@ def read_safetensors(path):
     start = 8 + int.from_bytes(mapped[:8], "little")
     header = json.loads(mapped[8:start])
     header.pop("__metadata__", None)
+    begins = sorted(entry["data_offsets"][0] for entry in header.values())
+    ends = sorted(entry["data_offsets"][1] for entry in header.values())
+    if [*begins, len(mapped) - start] != [0, *ends]:
+        raise ValueError("its tensors do not lie side by side up to the end of the file")
     tensors = {}
-    size = start
     for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        size += end - begin
         if name.endswith(MASKS):
             continue
+        begin, end = entry["data_offsets"]
         if entry["dtype"] not in FLOATS:
             raise ValueError(f"{name!r:.80} has dtype {entry['dtype']!r:.20}; weights are floats")
         numbers = bytearray(mapped[start + begin:start + end])
         tensors[name] = torch.frombuffer(numbers, dtype=FLOATS[entry["dtype"]]).view(entry["shape"])
-    if size != len(mapped):
-        raise ValueError(f"it has {len(mapped):,} bytes, its header describes {size:,}")
     return tensors
 
 
