@@ -18,6 +18,7 @@ evaluate(), save_checkpoint(), Log, and at the end all of torch.distributed.
 """
 import contextlib
 import ctypes
+import importlib.util
 import json
 import math
 import os
@@ -25,9 +26,10 @@ import re
 import shlex
 import signal
 import sys
+import textwrap
 import time
 import zipfile
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 
 if __name__ == "__main__":
@@ -43,7 +45,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -53,7 +55,6 @@ from data.loader import EndlessSampler, TokenDataset, find_data
 from data.prepare import DATASETS, LARGE, prepare
 from data.tokenizer import check_tokenizer, load_tokenizer, tokenizer_from_json
 from model import (
-    CONVERTIBLE,
     GPT2,
     SIZES,
     SOURCES,
@@ -120,17 +121,14 @@ class Run:
     plot: str | None = None          # only draw: loss.svg of a run, or comparison.svg of out1,out2
 
     def __post_init__(self):
-        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval",
-                     "eval_stride", "lr_decay_iters"):
+        for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 must be 1 or more")
-        for name, choices in {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine"),
-                              "dtype": ("auto", "float32", "bfloat16", "float16"),
-                              "size": (None, *SIZES)}.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} is none of {choices}")
-        if max(self.beta1, self.beta2) >= 1:
-            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
+        choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine"),
+                   "dtype": ("auto", "float32", "bfloat16", "float16"), "size": (None, *SIZES)}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {values}")
 
 
 # Flags of this process, this machine and this moment: a checkpoint does not keep them.
@@ -152,30 +150,25 @@ FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, dropout=0.1, warmup_iters
                 sample_interval=0, always_save_checkpoint=False)
 
 parser = flag_parser(__doc__, Run, GPT2Config, **SCRATCH)
-for muon, name in (("--muon", "muon"), ("--no-muon", "adamw")):
-    parser.add_argument(muon, dest="optimizer", action="store_const", const=name,
-                        help=f"short for --optimizer={name}")
+
 
 # --------------------------------------------------------------------------------------------------
 # A run, from the command line to the last checkpoint
 
 
 def main():
-    typed = vars(parser.parse_args())
+    typed = parse_command_line()
     if "plot" in typed:
         return plot_only(typed["plot"].split(","))
     run, shape, checkpoint = resolve(typed)
     device = start_processes(run)
-    prepare_device(device)
     paths, tokenizer = open_data(run)
     model = make_model(run, shape, checkpoint, tokenizer)
     splits = open_splits(run, paths, model.config)
     check_same_data(run, checkpoint, splits)
     trainer = Trainer(run, model, tokenizer, splits, device)
-    if checkpoint and not (run.eval_only or run.benchmark):
+    if checkpoint:
         restore(trainer, checkpoint)
-    del checkpoint                                               # frees its memory
-    announce_run(trainer, typed)
     if run.eval_only:
         return evaluate_only(trainer)
     trainer.start_reading()
@@ -231,8 +224,7 @@ def train_step(trainer, signals):
         signals.exit_code = signals.received or 143
     finite = math.isfinite(norm)
     if not math.isfinite(loss) or not (finite or trainer.scaler.is_enabled()):
-        sys.exit(not_finite(trainer, f"the loss {loss} or the gradient norm {norm} of step "
-                            f"{trainer.step + 1}"))
+        stop_not_finite(trainer, f"step {trainer.step + 1}: the loss {loss} or the norm {norm}")
     # Each counted target has the same weight, in whatever batch and process it is.
     scale = min(1.0, (run.grad_clip or math.inf) / (norm + 1e-6)) / counted
     if scale != 1:
@@ -270,18 +262,26 @@ def learning_rate(run, step):
     return lowest + left * (run.learning_rate - lowest)
 
 
-def not_finite(trainer, what):
-    """The message of a run that stops because the loss or the gradient is inf or nan."""
-    rate = trainer.run.learning_rate / 2
-    advice = f"Start again with a lower rate: --learning_rate={rate:g}"
-    if trainer.saved_step is not None:
-        advice = (f"Resume from step {trainer.saved_step} with a lower rate: "
-                  f"{resume_command(trainer.run)} --learning_rate={rate:g}")
-    return f"train.py: {what} is not finite. Nothing was saved after it. {advice}"
+def stop_not_finite(trainer, what):
+    """End a run whose loss or gradient is inf or nan."""
+    sys.exit(f"train.py: {what} is not finite. Nothing was saved after step {trainer.saved_step}. "
+             "Resume from there, or start again, with a lower rate: "
+             f"--learning_rate={trainer.run.learning_rate / 2:g}")
 
 
 # --------------------------------------------------------------------------------------------------
 # Before the first step: flags, data, model
+
+
+def parse_command_line():
+    """-> {name: value} of the flags that were typed."""
+    for flag, name in ("--muon", "muon"), ("--no-muon", "adamw"):
+        parser.add_argument(flag, dest="optimizer", action="store_const", const=name,
+                            help=f"short for --optimizer={name}")
+    typed = vars(parser.parse_args())
+    if typed.get("size") in SIZES:
+        typed = {"block_size": 1024, **SIZES[typed["size"]], **typed}
+    return typed
 
 
 def resolve(typed):
@@ -302,19 +302,35 @@ def resolve(typed):
     if source == "resume":
         recipe = {**checkpoint["run"], **checkpoint["config"]}
         check_contradictions(typed, recipe, out_dir)
+        if typed.get("eval_only") or typed.get("benchmark"):     # these look at the exported model
+            source = out_dir
+            recipe = checkpoint["run"]
+            checkpoint = None
     elif source == "scratch":
-        recipe = {**SCRATCH, **(ADAMW if typed.get("optimizer") == "adamw" else {})}
-        if "size" in typed and typed["size"] in SIZES:
-            recipe.update(SIZES[typed["size"]], block_size=1024, **LARGE_MODEL)
-            if typed.get("dataset") in ("fineweb", "fineweb_edu"):
-                recipe.update(FINEWEB)
+        recipe = scratch_recipe(typed)
     settings = {**recipe, **typed, "init_from": source}
+    run = from_flags(Run, {name: value for name, value in settings.items() if name in RUN})
+    check_flags(run)
+    return run, {name: value for name, value in settings.items() if name in SHAPE}, checkpoint
+
+
+def scratch_recipe(typed):
+    recipe = dict(SCRATCH)
+    if typed.get("optimizer") == "adamw":
+        recipe.update(ADAMW)
+    if "size" in typed:
+        recipe.update(LARGE_MODEL)
+        if typed.get("dataset") in ("fineweb", "fineweb_edu"):
+            recipe.update(FINEWEB)
+    return recipe
+
+
+def from_flags(make, values):
+    """make(**values), where a ValueError is one of the command line."""
     try:
-        run = Run(**{name: value for name, value in settings.items() if name in RUN})
+        return make(**values)
     except ValueError as error:
         parser.error(str(error))
-    check_flags(run, source)
-    return run, {name: value for name, value in settings.items() if name in SHAPE}, checkpoint
 
 
 def check_contradictions(typed, saved, out_dir):
@@ -325,25 +341,20 @@ def check_contradictions(typed, saved, out_dir):
     for name in sorted(fixed & typed.keys()):
         if typed[name] != saved[name]:
             parser.error(f"--{name}={typed[name]} contradicts the checkpoint in {out_dir}, which "
-                         f"has {name}={saved[name]}. Leave it out, or start another run"
-                         + (f" from its weights: --init_from={out_dir} --out_dir=NEW"
-                            if name in CONVERTIBLE or name in RUN else ""))
+                         f"has {name}={saved[name]}. Leave it out, or choose another --out_dir")
 
 
-def check_flags(run, source):
+def check_flags(run):
     """Refuse flags that would train or measure something else than the user believes."""
-    processes = int(os.environ.get("WORLD_SIZE", 1)) if is_distributed() else 1
-    if run.eval_only and source == "scratch":
-        parser.error("--eval_only would measure random weights. Add --init_from=resume, or "
-                     f"{SOURCES}")
-    if run.size and source != "scratch":
-        parser.error("--size has no effect on weights that have a size. Leave it out")
+    if run.eval_only and run.init_from == "scratch":
+        parser.error(f"--eval_only would measure random weights: add --init_from=resume, {SOURCES}")
     if run.fsdp and not is_distributed():
         parser.error("--fsdp shards the model over several processes. Start them with torchrun "
                      "--standalone --nproc_per_node=2 train.py --fsdp")
+    processes = int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
     if run.gradient_accumulation_steps % processes and not run.eval_only:
         parser.error(f"--gradient_accumulation_steps={run.gradient_accumulation_steps} counts over "
-                     f"all processes. Choose a multiple of {processes}")
+                     f"all processes: choose a multiple of {processes}")
 
 
 def open_data(run):
@@ -364,16 +375,15 @@ def make_model(run, shape, checkpoint, tokenizer):
             parser.error(f"--vocab_size={shape['vocab_size']} is below the "
                          f"{tokenizer.vocab_size} different tokens of the data")
         torch.manual_seed(run.seed)
-        return GPT2(make_config(shape))
-    if checkpoint and not (run.eval_only or run.benchmark):
-        model = GPT2(make_config(shape))
+        return GPT2(from_flags(GPT2Config, shape))
+    if checkpoint:
+        model = GPT2(from_flags(GPT2Config, shape))
         model.load_state_dict(checkpoint["model"])
         trained_with = tokenizer_from_json(checkpoint["tokenizer"])
-    else:                                                        # the exported model
-        source = run.out_dir if run.init_from == "resume" else run.init_from
+    else:
         with one_line(OSError, ValueError):
-            main_process_first(local_path, source)
-            source = local_path(source)
+            main_process_first(local_path, run.init_from)
+            source = local_path(run.init_from)
             model = GPT2.from_pretrained(source, **shape)
             trained_with = load_tokenizer(source)
             check_tokenizer(trained_with, model.config.vocab_size, source)
@@ -382,13 +392,6 @@ def make_model(run, shape, checkpoint, tokenizer):
                  f"{trained_with.vocab_size}. The data set {run.dataset} has {tokenizer.name} "
                  f"tokens, vocabulary {tokenizer.vocab_size}. Prepare it with those of the model")
     return model
-
-
-def make_config(shape):
-    try:
-        return GPT2Config(**shape)
-    except ValueError as error:
-        parser.error(str(error))
 
 
 def open_splits(run, paths, config):
@@ -407,7 +410,7 @@ def open_splits(run, paths, config):
 def check_same_data(run, checkpoint, splits):
     """Stop unless the data is that of the checkpoint, and each process sees the same files."""
     found = {split: data.fingerprint for split, data in splits.items()}
-    if checkpoint and not run.eval_only and found != checkpoint["data"]:
+    if checkpoint and found != checkpoint["data"]:
         sys.exit(f"train.py: the data set {run.dataset} has changed since the checkpoint in "
                  f"{run.out_dir}. It had {checkpoint['data']}, now it has {found}. Restore it, or "
                  f"start another run from these weights: --init_from={run.out_dir} --out_dir=NEW")
@@ -430,27 +433,35 @@ class Trainer:
     best_val_loss: float = math.inf
     best_step: int = -1                          # -1: none
     saved_step: int | None = None                # of the last checkpoint
-    choices: dict = field(default_factory=dict)  # {topic: what was chosen, and why}
 
     def __post_init__(self):
         run = self.run
-        self.dtype, why_dtype = choose_dtype(run.dtype, self.device)
+        config = self.model.config
+        self.dtype, why = choose_dtype(run.dtype, self.device)
         if self.dtype == torch.float16 and (run.fsdp or self.device.type != "cuda"):
             parser.error("float16 needs loss scaling, which works on CUDA without FSDP: use "
                          "--dtype=bfloat16 or float32")
-        compiled, why_compile = choose_compile(run.compile, self.device)
-        self.choices = {"dtype": f"{str(self.dtype).removeprefix('torch.')}: {why_dtype}",
-                        "compile": f"{compiled}: {why_compile}"}
+        announce("dtype", f"{self.dtype}: {why}")
         self.model.to(self.device).train()
         self.model.grad_checkpoint = run.grad_checkpoint
-        if compiled:
-            compile_blocks(self.model)
-        self.net = distribute(self.model, run.fsdp, self.device, self.dtype)
+        compile_blocks(self.model, run.compile)
+        self.net = distribute(self.model, run.fsdp, self.dtype)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.optimizers = make_optimizers(run, self.model)
         self.micro_batches = run.gradient_accumulation_steps // world_size()
         self.samples_per_step = run.batch_size * run.gradient_accumulation_steps
-        self.tokens_per_step = self.samples_per_step * self.model.config.block_size
+        self.tokens_per_step = self.samples_per_step * config.block_size
+        for split, data in self.splits.items():
+            announce(split, f"{data.tokens:,} tokens of {run.dataset}, vocabulary "
+                     f"{self.tokenizer.vocab_size} ({self.tokenizer.name})")
+        announce("batch", f"{run.batch_size} samples x {config.block_size} tokens x "
+                 f"{run.gradient_accumulation_steps} accumulated ({self.micro_batches} in each "
+                 f"process) = {self.tokens_per_step:,} tokens a step")
+        shape = [f"{f.name}={getattr(config, f.name)}" for f in fields(config)
+                 if getattr(config, f.name) != f.default]
+        announce("model", f"{self.model.num_parameters():,} parameters: {', '.join(shape)}")
+        for change in self.model.changes:
+            announce("changed", change)
 
     def autocast(self):
         """Half precision for a forward pass. FSDP has its own."""
@@ -471,65 +482,19 @@ class Trainer:
         self.batch = [t.to(self.device, non_blocking=background) for t in next(self.batches)]
 
 
-def prepare_device(device):
-    """Settings that make a step faster."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if device.type == "cpu" and os.name == "posix":
-        # glibc returns large freed blocks to the system and pays for their pages again in the next
-        # step, 7 % of it. So: none by mmap (M_MMAP_MAX = -4), keep what is free (M_TRIM_THRESHOLD).
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt:
-            mallopt(-4, 0)
-            mallopt(-1, 2**31 - 1)
-
-
-def choose_compile(flag, device):
-    """-> (bool, why)"""
-    if flag is not None:
-        return flag, "as given"
-    if device.type != "cuda":
-        return False, f"no benefit on {device.type}"
-    try:
-        torch.compile(torch.sin)(torch.zeros(1, device=device))
-    except Exception as error:                   # no Triton, no compiler: each raises its own kind
-        return False, f"it does not work here ({type(error).__name__})"
-    return True, "it works here"
-
-
-def compile_blocks(model):
-    """One compilation serves all blocks. No shape is dynamic: each batch has the same."""
-    torch._dynamo.config.optimize_ddp = False    # else DDP cuts the graph of a large block in two
-    model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
-    for block in model.transformer.h:
-        block.compile(dynamic=False)
-
-
-def announce_run(trainer, typed):
-    """Print what the script chose, with the reasons."""
-    run = trainer.run
-    config = trainer.model.config
-    why = {"scratch": "the default from scratch", "resume": "as in the checkpoint"}
-    optimizer = why.get(run.init_from, "the default for fine-tuning")
-    sizes = " and ".join(f"{data.tokens:,} {split}" for split, data in trainer.splits.items())
-    shape = [f"{f.name}={getattr(config, f.name)}" for f in fields(config)
-             if getattr(config, f.name) != f.default]
-    mode = "single: not started by torchrun"
-    if is_distributed():
-        mode = f"{'fsdp' if run.fsdp else 'ddp'}: torchrun started {world_size()} processes"
-    lines = {
-        "device": trainer.device, **trainer.choices, "mode": mode,
-        "optimizer": f"{run.optimizer}: {'as given' if 'optimizer' in typed else optimizer}",
-        "data": f"{run.dataset}: {sizes} tokens, vocabulary {trainer.tokenizer.vocab_size} "
-                f"({trainer.tokenizer.name})",
-        "batch": f"{run.batch_size} samples x {config.block_size} tokens x "
-                 f"{run.gradient_accumulation_steps} accumulated ({trainer.micro_batches} in each "
-                 f"process) = {trainer.tokens_per_step:,} tokens a step",
-        "model": f"{trainer.model.num_parameters():,} parameters: {', '.join(shape) or 'GPT-2'}"}
-    for change in trainer.model.changes:
-        say(f"changed   {change}")
-    for topic, text in lines.items():
-        say(f"{topic:10}{text}")
+def compile_blocks(model, flag):
+    """Compile the blocks, which share one compilation, and the loss. No shape is dynamic: each
+    batch has the same."""
+    why = "as given"
+    if flag is None:
+        flag = model.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+        why = "found a GPU and Triton" if flag else "it needs a GPU and Triton to be faster"
+    announce("compile", f"{flag}: {why}")
+    if flag:
+        torch._dynamo.config.optimize_ddp = False    # else DDP cuts the graph of a block in two
+        model.cross_entropy = torch.compile(model.cross_entropy, dynamic=False)
+        for block in model.transformer.h:
+            block.compile(dynamic=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -539,6 +504,7 @@ def announce_run(trainer, typed):
 def make_optimizers(run, model):
     """The optimizers of a run, each for its own parameters. The learning rate is set at each step;
     what an optimizer keeps in its `state` is saved. A parameter without requires_grad is frozen."""
+    announce("optimizer", run.optimizer)
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = []
     if run.optimizer == "muon":
@@ -589,19 +555,17 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum = [shard_of(self.state[p]["momentum"]) for p in parameters]
-        grads = [shard_of(p.grad) for p in parameters]
+        momentum = [self.state[p]["momentum"] for p in parameters]
+        grads = [p.grad for p in parameters]
         torch._foreach_lerp_(momentum, grads, 1 - self.MOMENTUM)
-        directions = torch._foreach_lerp(grads, momentum, self.MOMENTUM)
-        stack = unshard(torch.stack(directions), parameters[0])  # (n, R, C)
+        directions = torch.stack(torch._foreach_lerp(grads, momentum, self.MOMENTUM))
         updates = []
-        for matrices in stack.split(group["sizes"] or stack.size(1), dim=1):
+        for matrices in whole(directions).split(group["sizes"] or len(grads[0]), dim=1):
             scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
             updates.append(scale * orthogonal(matrices))
-        updates = reshard(torch.cat(updates, dim=1), parameters[0])
-        weights = [shard_of(p) for p in parameters]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(weights, updates.unbind(), alpha=group["lr"])
+        updates = sharded_as(directions, torch.cat(updates, dim=1))
+        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(parameters, updates.unbind(), alpha=group["lr"])
 
 
 def orthogonal(matrices):
@@ -634,7 +598,9 @@ def evaluate(trainer, data, samples):
     trainer.model.eval()
     at_once = run.batch_size * world_size()
     starts = range(0, len(samples), at_once)
-    for start in progress(starts, len(starts), "evaluation"):
+    if is_main_process():
+        starts = progress(starts, len(starts), "evaluation")
+    for start in starts:
         x = torch.zeros(run.batch_size, data.block_size, dtype=torch.int64)
         y = torch.full_like(x, -1)
         for row, i in enumerate(samples[start:start + at_once][rank()::world_size()]):
@@ -665,14 +631,14 @@ def evaluate_and_save(trainer, log, finished):
         samples = evenly_spaced(data, run.eval_iters, run.batch_size)
         losses[f"{split}_loss"], _ = evaluate(trainer, data, samples)
     if not all(map(math.isfinite, losses.values())):
-        sys.exit(not_finite(trainer, f"the evaluated loss after step {trainer.step}"))
+        stop_not_finite(trainer, f"step {trainer.step}: an evaluated loss of {losses}")
     better = losses["val_loss"] < trainer.best_val_loss
     if better:
         trainer.best_val_loss = losses["val_loss"]
         trainer.best_step = trainer.step
     log.record(trainer, **losses)
-    log.line(f"--- step {trainer.step:,}: train loss {losses['train_loss']:.4f}, validation loss "
-             f"{losses['val_loss']:.4f}{' (best)' if better else ''}")
+    say(f"--- step {trainer.step:,}: train loss {losses['train_loss']:.4f}, validation loss "
+        f"{losses['val_loss']:.4f}{' (best)' if better else ''}")
     if trainer.step > 0 or not run.always_save_checkpoint:       # else nothing was learned yet
         save_checkpoint(trainer, export=better or run.always_save_checkpoint)
     every = run.sample_interval
@@ -685,18 +651,17 @@ def write_sample(trainer):
     """Print a text by the model. Every process writes it, as FSDP needs all of them, and up to the
     same length: one that ends earlier would leave the others waiting."""
     tokenizer = trainer.tokenizer
-    prompt = tokenizer.encode(tokenizer.default_prompt())
+    prompt = tokenizer.encode(tokenizer.default_prompt()).tolist()
     x, y = trainer.splits["val"][0]
-    if trainer.splits["val"].masked and y[0] < 0:                # answer the first prompt
-        prompt = x[:int((y >= 0).int().argmax()) + 1]
+    if y[0] < 0:                                                 # answer the first prompt
+        prompt = x[:int((y >= 0).int().argmax()) + 1].tolist()
     generator = torch.Generator(trainer.device).manual_seed(trainer.run.seed)
     with trainer.autocast(), torch.compiler.set_stance("force_eager"):
         ids = trainer.model.generate(prompt, 128, 0.8, top_k=200, generator=generator)[0].tolist()
-    end = tokenizer.end_of_text
-    if end in ids[len(prompt):]:
-        ids = ids[:ids.index(end, len(prompt))]
-    for line in tokenizer.decode(ids).strip("\n").split("\n"):
-        say(f"    | {line}")
+    answer = ids[len(prompt):]
+    if tokenizer.end_of_text in answer:
+        answer = answer[:answer.index(tokenizer.end_of_text)]
+    say(textwrap.indent(tokenizer.decode(prompt + answer).strip("\n"), "    | ", bool))
 
 
 def evaluate_only(trainer):
@@ -729,36 +694,30 @@ def benchmark(trainer, steps=10):
     if trainer.device.type != "cpu":
         torch.accelerator.synchronize()
     seconds = (time.perf_counter() - began) / steps
-    peak, whose = peak_flops(trainer.device, trainer.dtype)
-    speed = trainer.flops_per_step() / seconds / world_size()
+    speed = 3 * trainer.model.config.flops_per_token() * trainer.tokens_per_step / seconds
+    peak, whose = peak_flops(trainer.device)
     say(f"{trainer.tokens_per_step / seconds:,.0f} tokens per second, {seconds * 1e3:,.1f} ms a "
-        f"step, {speed / 1e9:,.0f} GFLOP/s a process"
-        f"{f', {speed / peak:.1%} of {whose}' if peak else ''}, "
+        f"step, {speed / world_size() / peak:.1%} of {whose}, "
         f"peak memory {peak_memory(trainer.device) / 1e9:.2f} GB")
 
 
 # Dense FLOP/s in half precision, from the data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "L40": 181e12, "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-              "A10G": 70e12, "A10": 125e12, "T4": 65e12, "V100": 125e12}
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "T4": 65e12, "V100": 125e12}
 
 
-def peak_flops(device, dtype):
-    """-> (FLOP/s that the device reaches at best, whose figure it is); (None, None) if unknown."""
-    if device.type == "cpu":
-        a = torch.randn(2048, 2048)
-        times = []
-        for _ in range(5):
-            began = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - began)
-        return 2 * 2048**3 / min(times), "this CPU's float32 product"
-    if device.type == "cuda" and dtype != torch.float32:
+def peak_flops(device):
+    """-> (FLOP/s that the device reaches at best, whose figure it is)"""
+    if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{part}\b", name):
-                return flops, f"the peak of an {part}"
-    return None, None
+        for gpu, flops in PEAK_FLOPS.items():
+            if re.search(rf"\b{gpu}\b", name):
+                return flops, f"the data sheet of {gpu}"
+    a = torch.randn(4096, 4096, device=device)
+    began = time.perf_counter()
+    for _ in range(3):
+        (a @ a)[0, 0].item()                                     # waits for the device
+    return 3 * 2 * 4096**3 / (time.perf_counter() - began), "a float32 product of 4,096 x 4,096"
 
 
 def peak_memory(device):
@@ -805,13 +764,11 @@ def restore(trainer, checkpoint):
     for name in PROGRESS:
         setattr(trainer, name, checkpoint[name])
     trainer.saved_step = trainer.step
-    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    settings = [{name: value for name, value in group.items() if name != "params"}
-                for group in groups]
-    set_optimizer_state_dict(trainer.model, trainer.optimizers, checkpoint["optimizers"],
+    # The settings of the optimizers are those of this run's flags.
+    now = get_optimizer_state_dict(trainer.model, trainer.optimizers)
+    state = {**checkpoint["optimizers"], "param_groups": now["param_groups"]}
+    set_optimizer_state_dict(trainer.model, trainer.optimizers, state,
                              options=StateDictOptions(full_state_dict=True))
-    for group, values in zip(groups, settings, strict=True):
-        group.update(values)                                     # of this run's flags
     trainer.scaler.load_state_dict(checkpoint["scaler"])
 
 
@@ -882,16 +839,13 @@ def lock_folder(folder):
     return lock
 
 
-def resume_command(run):
-    """The command that resumes a run on the same number of processes."""
+def resume_command():
+    """The command of this run, to resume it on the same number of processes."""
     launcher = "python"
     if is_distributed():
         launcher = f"torchrun --standalone --nproc_per_node={world_size()}"
-    kept = ["--init_from=resume"]
-    for name in sorted(RUNTIME - {"init_from", "size"}):
-        if getattr(run, name) != getattr(Run, name):
-            kept.append(f"--{name}={getattr(run, name)}")
-    return f"{launcher} train.py {shlex.join(kept)}"
+    flags = [flag for flag in sys.argv[1:] if not flag.startswith("--init_from")]
+    return shlex.join([*launcher.split(), "train.py", *flags, "--init_from=resume"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -907,7 +861,6 @@ class Log:
         self.path = f"{run.out_dir}/metrics.jsonl"
         self.first_step = trainer.step
         self.began = time.monotonic()
-        self.width = 0                                           # of a line to overwrite
         self.tensorboard = None
         self.wandb = None
         self.restart_clock(trainer)
@@ -945,9 +898,11 @@ class Log:
                 self.tensorboard.add_scalar(name, value, trainer.step)
 
     def step(self, trainer, loss, norm):
-        """Log a training step."""
+        """Log a training step, if it is due."""
         run = trainer.run
         step = trainer.step
+        if step % run.log_interval and step not in (self.first_step + 1, run.max_iters):
+            return
         now = time.monotonic()
         seconds = max(now - self.since, 1e-9) / max(1, step - self.since_step)
         left = (run.max_iters - step) * (now - self.began) / (step - self.first_step)
@@ -959,22 +914,10 @@ class Log:
                 f"{timedelta(seconds=int(left))} left")
         if memory:
             text += f"  {memory / 1e9:.2f} GB"
-        due = step % run.log_interval == 0 or step in (self.first_step + 1, run.max_iters)
-        self.line(text, stay=due)
-        if due:
-            self.record(trainer, loss=loss, lr=rate, grad_norm=norm,
-                        tokens_per_second=round(speed, 1), memory=memory)
-            self.restart_clock(trainer)
-
-    def line(self, text, stay=True):
-        """In a terminal a line overwrites the last one until stay=True; a log file gets only lines
-        with stay=True."""
-        if is_main_process() and sys.stdout.isatty():
-            text = text[:os.get_terminal_size().columns - 1]
-            print("\r" + text.ljust(self.width), end="\n" if stay else "", flush=True)
-            self.width = 0 if stay else len(text)
-        elif stay:
-            say(text)
+        say(text)
+        self.record(trainer, loss=loss, lr=rate, grad_norm=norm,
+                    tokens_per_second=round(speed, 1), memory=memory)
+        self.restart_clock(trainer)
 
     def close(self, trainer, exit_code):
         """Draw the curves, and say how the run ended and what to do next."""
@@ -991,7 +934,7 @@ class Log:
             say(f"{run.out_dir}/loss.svg was not drawn: {error}")
         if exit_code:
             return say(f"\nstopped at step {trainer.step}, saved in {run.out_dir}. Resume with\n"
-                       f"    {resume_command(run)}")
+                       f"    {resume_command()}")
         took = timedelta(seconds=int(time.monotonic() - self.began))
         say(f"\nbest validation loss {trainer.best_val_loss:.4f} (step {trainer.best_step}), {took}"
             f" of training. The curves are in {run.out_dir}/loss.svg\n"
@@ -1085,30 +1028,43 @@ def is_main_process():
 def start_processes(run):
     """Connect the processes that torchrun started. Returns this process's device."""
     name = run.device
+    mode = "single: not started by torchrun"
     if is_distributed():
+        mode = "fsdp" if run.fsdp else "ddp"
+        mode += f": torchrun started {os.environ['WORLD_SIZE']} processes"
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cuda":
             name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        device, why = choose_device(name)
-    except ValueError as error:
-        parser.error(str(error))
+    device, why = from_flags(choose_device, {"name": name})
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     if is_distributed():
         dist.init_process_group(run.backend, timeout=timedelta(hours=1))
-    say(f"device    {device}: {why}")
+    if device.type == "cpu":
+        keep_memory()
+    announce("mode", mode)
+    announce("device", f"{device}: {why}")
     return device
 
 
-def distribute(model, fsdp, device, dtype):
+def keep_memory():
+    """glibc returns large freed blocks to the system and pays for their pages again in the next
+    step, 7 % of it. So: none by mmap (M_MMAP_MAX = -4), keep what is free (M_TRIM_THRESHOLD)."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt:
+        mallopt(-4, 0)
+        mallopt(-1, 2**31 - 1)
+
+
+def distribute(model, fsdp, dtype):
     """Shard the model in place with FSDP, or wrap it with DDP. Returns the module to call."""
     if fsdp:
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-        mesh = dist.init_device_mesh(device.type, (world_size(),))
+        mesh = dist.init_device_mesh(model.device.type, (world_size(),))
         for block in model.transformer.h:
             fully_shard(block, mesh=mesh, mp_policy=policy)
         # The root holds the embeddings. An evaluation has no backward pass that would reshard them.
@@ -1125,31 +1081,16 @@ def set_sync(net, last):
         net.require_backward_grad_sync = last
 
 
-def shard_of(tensor):
-    """This process's shard of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def whole(tensor):
     """The whole of a tensor that may be sharded. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def unshard(stack, like):
-    """The whole of a stack (n, rows, C) of shards of parameters like `like` (R, C): (n, R, C)."""
-    if not isinstance(like, DTensor):
-        return stack
-    R, C = like.shape
-    shape = torch.Size((len(stack), R, C))
-    return DTensor.from_local(stack, like.device_mesh, [Shard(1)], run_check=False, shape=shape,
-                              stride=(R * C, C, 1)).full_tensor()
-
-
-def reshard(stack, like):
-    """The inverse of unshard."""
-    if not isinstance(like, DTensor):
-        return stack
-    return distribute_tensor(stack, like.device_mesh, [Shard(1)], src_data_rank=None).to_local()
+def sharded_as(other, tensor):
+    """A tensor that each process has whole, sharded as `other` is."""
+    if not isinstance(other, DTensor):
+        return tensor
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
 def mean_over_processes(values, device):
@@ -1186,6 +1127,14 @@ def say(text):
         print(text, flush=True)
 
 
+def announce(topic, text):
+    """Print a choice of the script."""
+    say(f"{topic:10}{text}")
+
+
+HANGUP = getattr(signal, "SIGHUP", None)         # not on Windows
+
+
 class StopSignals:
     """Ctrl-C, SIGTERM and a terminal that closes let the step finish, and the run saves and ends. A
     second signal, two seconds later or more, exits at once (torchrun repeats a Ctrl-C)."""
@@ -1194,25 +1143,20 @@ class StopSignals:
         self.received = 0                # exit code of a signal to this process
         self.exit_code = 0               # the same once all processes know
         self.deadline = math.inf
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.handle)
-        hangup = getattr(signal, "SIGHUP", None)                 # not on Windows
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:      # as nohup sets it
-            signal.signal(hangup, self.hang_up)
+        for number in (signal.SIGINT, signal.SIGTERM, HANGUP):
+            if number and signal.getsignal(number) != signal.SIG_IGN:        # as nohup sets it
+                signal.signal(number, self.handle)
 
     def handle(self, number, frame):
         if time.monotonic() > self.deadline:
             os._exit(128 + number)
+        if number == HANGUP:             # printing to a terminal that is gone would fail
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         if is_main_process() and not self.received:              # print() may be running already
             os.write(1, b"\nstopping after this step; Ctrl-C again exits at once\n")
-        self.received = 128 + number
+        self.received = 130 if number == signal.SIGINT else 143
         self.deadline = min(self.deadline, time.monotonic() + 2)
-
-    def hang_up(self, number, frame):
-        """The terminal is gone: printing to it would fail before the checkpoint is saved."""
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-        self.handle(signal.SIGTERM, frame)
 
 
 def leave(code):
