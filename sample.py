@@ -9,145 +9,132 @@ Write text with a trained model.
 """
 import codecs
 import glob
-import itertools
 import os
 import signal
 import stat
 import sys
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # no traceback from an import
+if __name__ == "__main__":                       # before the imports below, which take seconds
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                 # Ctrl-C shows no traceback
+    if hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)            # nor does `| head`
+    sys.stdout.reconfigure(errors="replace")                     # a terminal may lack a character
 
-import numpy as np
 import torch
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))   # python -P leaves it out
-from data.cli import UsageError, UserError, flag, parse_flags, refuse, run_main, usage_errors
-from data.prepare import open_text
+from data.flags import add_flags, flag_parser, one_line
+from data.hub import local_path
 from data.tokenizer import check_tokenizer, load_tokenizer, replace_surrogates
-from model import (
-    CONVERTIBLE,
-    GPT2,
-    SOURCES,
-    GPT2Config,
-    choose_compile,
-    choose_device,
-    choose_dtype,
-    convert,
-    is_pretrained,
-    read_pretrained,
-)
+from model import CONVERTIBLE, GPT2, GPT2Config, choose_device, choose_dtype
 
 
 @dataclass
 class Sampling:
-    init_from: str = flag("resume", f"resume (the model in out_dir), {SOURCES}")
-    out_dir: str = flag("out", "folder of the model that resume reads")
-    start: str = flag(None, "prompt; FILE:name reads it from a file; <|endoftext|> starts a new "
-                      "document [a line break, if the model knows it]", if_bare="")
-    num_samples: int = flag(1, "samples; a single one is printed while it is written", at_least=1,
-                            below=2**31)
-    max_new_tokens: int = flag(500, "tokens of each sample", at_least=1, below=2**31)
-    temperature: float = flag(0.8, "below 1 more likely text, above 1 less; 0 always takes the "
-                              "most likely token", at_least=0)
-    top_k: int = flag(200, "choose among the k most likely tokens, 0 = all", at_least=0)
-    top_p: float = flag(1.0, "choose among the most likely tokens that together have this "
-                        "probability", above=0, at_most=1)
-    stop_at_eot: bool = flag(False, "end a sample where the model ends the document")
-    use_cache: bool = flag(True, "keep keys and values; without it the same text takes longer")
-    seed: int = flag(1337, "random seed of the choices", at_least=0)
-    device: str = flag("auto", "auto, cpu, cuda, cuda:1, mps")
-    dtype: str = flag("auto", "of the weights: auto, float32, bfloat16, float16, or int8 on a CPU",
-                      choices=("auto", "float32", "bfloat16", "float16", "int8"))
-    compile: str = flag("False", "torch.compile: True, False; starts slowly, then writes faster",
-                        if_bare="True", choices=("True", "False"))
-    benchmark: bool = flag(False, "time prompts of 32 tokens and of 3/4 block_size, and exit")
+    init_from: str = "resume"   # resume (the model in out_dir), gpt2, gpt2-medium, gpt2-large,
+                                # gpt2-xl, distilgpt2, a model of the hub (owner/name), a folder
+                                # with a checkpoint, or nanoGPT's ckpt.pt
+    out_dir: str = "out"        # folder of the model that resume reads
+    start: str = field(default=None, metadata={"bare": ""})
+                                # prompt; FILE:name reads it from a file; <|endoftext|> starts a new
+                                # document [a line break, if the model knows it]
+    num_samples: int = 1        # samples; a single one is printed while it is written
+    max_new_tokens: int = 500   # tokens of each sample
+    temperature: float = 0.8    # below 1 more likely text, above 1 less; 0 always takes the most
+                                # likely token
+    top_k: int = 200            # choose among the k most likely tokens, 0 = all
+    top_p: float = 1.0          # choose among the most likely tokens that together have this
+                                # probability
+    stop_at_eot: bool = False   # end a sample where the model ends the document
+    use_cache: bool = True      # keep keys and values; without it the same text takes longer
+    seed: int = 1337            # random seed of the choices
+    device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
+    dtype: str = field(default="auto", metadata={
+        "choices": ("auto", "float32", "bfloat16", "float16")})  # of the weights: auto, float32,
+                                # bfloat16, float16
+    compile: bool = False       # torch.compile: starts slowly, then writes faster
+    benchmark: bool = False     # time prompts of 32 tokens and of 3/4 block_size, and exit
 
 
-# Fields of GPT2Config that may be changed in the weights that are read
-CHANGES = CONVERTIBLE - {"dropout"}
-
-
-def parse_command_line():
-    """-> (Sampling, {field of GPT2Config: value}). Raises UsageError for flags without effect."""
-    own = {f.name: f for f in fields(Sampling)}
-    shape = {f.name: f for f in fields(GPT2Config) if f.name in CHANGES}
-    typed, _ = parse_flags(__doc__, {**own, **shape})
-    if typed.get("temperature") == 0:
-        refuse(typed, ("top_k", "top_p", "seed"), "has no effect at --temperature=0, which always "
-               "takes the most likely token")
-    if typed.get("benchmark"):
-        refuse(typed, ("start", "max_new_tokens", "temperature", "top_k", "top_p", "stop_at_eot",
-                       "use_cache", "seed"), "has no effect with --benchmark")
-    if typed.get("init_from", "resume") != "resume":
-        refuse(typed, ["out_dir"], "has no effect with --init_from=" + typed["init_from"])
-    options = Sampling(**{name: value for name, value in typed.items() if name in own})
-    return options, {name: value for name, value in typed.items() if name in shape}
+def main():
+    parser = flag_parser(__doc__, Sampling)
+    overridable = CONVERTIBLE - {"dropout"}
+    add_flags(parser, GPT2Config, only=overridable)
+    typed = vars(parser.parse_args())
+    overrides = {name: typed.pop(name) for name in overridable & typed.keys()}
+    options = Sampling(**typed)
+    for name in ("num_samples", "max_new_tokens", "top_p"):
+        if getattr(options, name) == 0:
+            parser.error(f"--{name}=0 must be above 0")
+    try:
+        device, _ = choose_device(options.device)
+    except ValueError as error:
+        parser.error(str(error))
+    dtype, _ = choose_dtype(options.dtype, device)
+    with one_line(OSError, ValueError):
+        model, tokenizer = load(options, overrides)
+        prompt = read_prompt(options.start, tokenizer)
+    model = model.to(device, dtype)
+    if options.compile:
+        model.hidden = torch.compile(model.hidden, dynamic=True)
+    if options.benchmark:
+        return benchmark(model, options.num_samples)
+    stop_token = None
+    if options.stop_at_eot:
+        stop_token = tokenizer.end_of_text
+        if stop_token is None:
+            parser.error("--stop_at_eot: this model has no end-of-text token. Leave it out")
+    stream = model.stream(
+        torch.tensor([prompt] * options.num_samples, device=device), options.max_new_tokens,
+        options.temperature, options.top_k or None, min(1, options.top_p), options.use_cache,
+        torch.Generator(device).manual_seed(options.seed), stop_token)
+    write = write_many
+    if options.num_samples == 1:
+        write = write_one
+    began = time.perf_counter()
+    count = write(tokenizer, prompt, stream, stop_token)
+    seconds = time.perf_counter() - began
+    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on "
+          f"{device}, {str(dtype).removeprefix('torch.')}", file=sys.stderr)
 
 
 def load(options, overrides):
-    """-> (model ready to write, its tokenizer, device, name of the dtype)"""
-    with usage_errors():
-        device, _ = choose_device(options.device)
-    if options.dtype == "int8" and device.type != "cpu":
-        raise UsageError(f"--dtype=int8 works on a CPU, not on {device}: use bfloat16 there, or "
-                         "--device=cpu")
+    """-> (model, its tokenizer)"""
     source = options.init_from
     if source == "resume":
         source = options.out_dir
         if not os.path.exists(f"{source}/config.json"):
-            moved = sorted(glob.glob(f"{glob.escape(source)}/run-*"))
-            hint = f". Earlier runs: {', '.join(moved)}" if moved else ""
-            raise UserError(f"there is no checkpoint in {source}: train one with python train.py, "
-                            "name its folder with --out_dir, or use OpenAI's with --init_from=gpt2"
-                            + hint)
-    elif not is_pretrained(source):
-        raise UsageError(f"--init_from={source} is not resume, {SOURCES}")
-    config, weights, notes = read_pretrained(source)
-    with usage_errors():
-        config, weights, changes = convert(config, weights, overrides)
-    model = GPT2.from_weights(config, weights)
-    for change in notes + changes:
+            earlier = ", ".join(sorted(glob.glob(f"{glob.escape(source)}-*")))
+            raise FileNotFoundError(
+                f"there is no checkpoint in {source}. Train one with python train.py, name its "
+                "folder with --out_dir, or use OpenAI's with --init_from=gpt2"
+                + (earlier and f". Earlier runs: {earlier}"))
+    path = local_path(source)
+    model = GPT2.from_pretrained(path, **overrides)
+    for change in model.changes:
         print(change, file=sys.stderr)                           # stdout is for the text
-    tokenizer = load_tokenizer(source)
-    check_tokenizer(tokenizer, config.vocab_size, source)
-    if options.dtype == "int8":
-        with usage_errors():
-            model = model.to_int8()
-        dtype = torch.int8
-    else:
-        dtype, _ = choose_dtype(options.dtype, device)
-        model = model.to(device, dtype).for_decoding()
-    with torch.no_grad():
-        logits, _ = model.eval()([0])
-    if not logits.isfinite().all():
-        raise UserError(f"{source}: its logits are not finite numbers. The weights are damaged, or "
-                        f"too large for {dtype}: try --dtype=float32")
-    with usage_errors():
-        compiled, _ = choose_compile(options.compile, device)
-    if compiled:
-        model.hidden = torch.compile(model.hidden, dynamic=True)
-    return model, tokenizer, device, str(dtype).removeprefix("torch.")
+    tokenizer = load_tokenizer(path)
+    check_tokenizer(tokenizer, model.config.vocab_size, source)
+    return model, tokenizer
 
 
-def read_prompt(start):
-    """The text of the prompt: `start`, the file that it names, or what is piped in; None or empty
-    if there is none."""
-    if start is None and is_piped():
-        start = sys.stdin.read()
-    elif start and start.startswith("FILE:"):
-        with open_text(start[5:]) as f:
-            start = f.read()
-    return start and replace_surrogates(start)
+def read_prompt(start, tokenizer):
+    """The ids of the prompt: of `start`, of the file that it names, or of what is piped in."""
+    try:
+        if start is None and sys.stdin and is_piped():
+            start = sys.stdin.read()
+        elif start and start.startswith("FILE:"):
+            with open(start[5:], encoding="utf-8-sig", newline="") as f:
+                start = f.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"the prompt is not UTF-8 text ({error}): convert it") from None
+    text = replace_surrogates(start or tokenizer.default_prompt())
+    return tokenizer.encode_prompt(text).tolist()
 
 
 def is_piped():
-    try:
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-    except (OSError, AttributeError):                            # in a notebook, or closed
-        return False
+    mode = os.fstat(0).st_mode
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode)
 
 
@@ -170,9 +157,10 @@ def write_many(tokenizer, prompt, stream, stop_token):
     columns = [token.tolist() for token in stream]
     count = 0
     for ids in zip(*columns, strict=True):
-        text = list(itertools.takewhile(lambda i: i != stop_token, ids))
-        print(tokenizer.decode(prompt + text) + "\n" + "-" * 15)
-        count += len(text)
+        if stop_token in ids:
+            ids = ids[:ids.index(stop_token)]
+        print(tokenizer.decode([*prompt, *ids]) + "\n" + "-" * 15)
+        count += len(ids)
     return count
 
 
@@ -185,39 +173,10 @@ def benchmark(model, samples, new=32):
             for token in model.stream(idx, new + 1, temperature=0):
                 token.tolist()                                   # waits for a GPU
                 times.append(time.perf_counter())
-        seconds = np.diff(times)
-        one = float(np.median(seconds[1:]))
-        print(f"prompt {length:5}: read at {samples * length / seconds[0]:,.0f} tokens per second, "
-              f"then {samples / one:,.1f} tokens per second for {samples} texts")
-
-
-def main():
-    run_main(write, "Use fewer or shorter samples, or a smaller model")
-
-
-def write():
-    options, overrides = parse_command_line()
-    model, tokenizer, device, dtype = load(options, overrides)
-    if options.benchmark:
-        return benchmark(model, options.num_samples)
-    stop_token = None
-    if options.stop_at_eot:
-        stop_token = tokenizer.end_of_text
-        if stop_token is None:
-            raise UsageError("--stop_at_eot has no effect: this model has no end-of-text token")
-    text = read_prompt(options.start) or tokenizer.default_prompt()
-    prompt = torch.tensor(tokenizer.encode_prompt(text).tolist())[None]
-    stream = model.stream(
-        prompt.repeat(options.num_samples, 1).to(device), options.max_new_tokens,
-        options.temperature, top_k=options.top_k or None,
-        top_p=options.top_p if options.top_p < 1 else None, use_cache=options.use_cache,
-        generator=torch.Generator(device).manual_seed(options.seed), stop_token=stop_token)
-    began = time.monotonic()
-    writer = write_one if options.num_samples == 1 else write_many
-    count = writer(tokenizer, prompt[0].tolist(), stream, stop_token)
-    seconds = max(time.monotonic() - began, 1e-9)
-    print(f"{count:,} tokens in {seconds:.1f} s: {count / seconds:,.1f} tokens per second on "
-          f"{device}, {dtype}", file=sys.stderr)
+        read, *others = torch.tensor(times).double().diff().tolist()
+        one = sorted(others)[new // 2]
+        print(f"prompt {length:5}: read at {samples * length / read:,.0f} tokens per second, then "
+              f"{samples / one:,.1f} tokens per second for {samples} texts")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""
-Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of characters.
+"""Text to token ids and back: GPT-2's byte pairs, by tiktoken, or a table of characters.
 
 A tokenizer is saved as meta.json beside tokens and checkpoints: {"tokenizer": "gpt2"}, or
 {"tokenizer": "char", "characters": "...", "end_of_text": id or null}. Beside a checkpoint are also
 the files from which transformers makes the same tokenizer.
 """
-import contextlib
 import functools
 import hashlib
 import json
 import os
 import re
-import tempfile
+from pathlib import Path
 
 import numpy as np
+import requests
+import tiktoken
 
 UNKNOWN = 65535                                                  # the id of no character
 # Unicode's white space, as tiktoken's regular expression sees it
@@ -21,6 +21,60 @@ WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # sha256 of GPT-2's tokens, joined by line breaks
 VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
+
+
+def load_tokenizer(path):
+    """The tokenizer of a folder, or of a checkpoint file: of the folder beside it. Without a
+    tokenizer there it is GPT-2's."""
+    folder = Path(path)
+    if folder.is_file():
+        folder = folder.parent
+    meta = folder / "meta.json"
+    if meta.exists():
+        try:
+            return tokenizer_from_json(json.loads(meta.read_bytes()))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(f"{meta} is damaged: {error!s:.200}") from None
+    if (folder / "meta.pkl").exists():
+        raise ValueError(f"{folder} has no meta.json. Its meta.pkl is not read: a pickle could "
+                         "run code. Make one from the text with python data/prepare.py TEXT "
+                         f"--name=NAME --tokenizer=char, and copy data/NAME/meta.json to {folder}")
+    for name in ("tokenizer.json", "vocab.json"):
+        if (folder / name).exists():
+            check_vocabulary(folder / name)
+            break
+    return GPT2Tokenizer()
+
+
+def tokenizer_from_json(meta):
+    """The tokenizer with this to_json()."""
+    if meta["tokenizer"] == "gpt2":
+        return GPT2Tokenizer()
+    if meta["tokenizer"] == "char":
+        return CharTokenizer(meta["characters"], meta["end_of_text"])
+    raise ValueError(f"tokenizer {meta['tokenizer']!r:.50} is not known: use gpt2 or char")
+
+
+def check_tokenizer(tokenizer, vocab_size, name):
+    """Raise ValueError if the model `name` has fewer tokens than its tokenizer."""
+    if tokenizer.vocab_size > vocab_size:
+        raise ValueError(f"{name}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
+                         f"tokens, the model {vocab_size}. Copy the meta.json of the data that it "
+                         "was trained on into its folder")
+
+
+def check_vocabulary(path):
+    """Raise ValueError unless this file of transformers holds GPT-2's tokens."""
+    try:
+        vocab = json.loads(path.read_bytes())
+        if path.name == "tokenizer.json":
+            vocab = vocab["model"]["vocab"]
+        text = "\n".join(sorted(vocab, key=vocab.get))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r:.100}") from None
+    if hashlib.sha256(text.encode(errors="replace")).hexdigest() != VOCABULARY:
+        raise ValueError(f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens. "
+                         "Only GPT-2's and our own meta.json can be read")
 
 
 class Tokenizer:
@@ -41,16 +95,28 @@ class Tokenizer:
             return self.encode(text)
         parts = []
         for part in text.split("<|endoftext|>"):
-            parts += [np.array([self.end_of_text], dtype=np.uint16), self.encode(part)]
-        return np.concatenate(parts[1:])
+            parts += [[self.end_of_text], self.encode(part)]
+        return np.concatenate(parts[1:]).astype(np.uint16)
+
+    def byte_lengths(self):
+        """The number of bytes of text for each id; the token between documents is no text."""
+        lengths = np.array([len(self.decode_bytes([i])) for i in range(self.vocab_size)])
+        if self.end_of_text is not None:
+            lengths[self.end_of_text] = 0
+        return lengths
+
+    def default_prompt(self):
+        return "\n"
 
     def files(self):
         """{name: bytes} of the files that belong beside a checkpoint: for us, and transformers'."""
-        end_of_text = "<|endoftext|>" if self.end_of_text is not None else None
+        end_of_text = None
+        if self.end_of_text is not None:
+            end_of_text = "<|endoftext|>"
         config = {"tokenizer_class": self.transformers_class, "bos_token": end_of_text,
                   "eos_token": end_of_text, "clean_up_tokenization_spaces": False}
-        contents = {"meta.json": self.to_json(), "tokenizer_config.json": config}
-        return {name: json.dumps(content).encode() for name, content in contents.items()}
+        return {"meta.json": json.dumps(self.to_json()).encode(),
+                "tokenizer_config.json": json.dumps(config).encode()}
 
 
 class GPT2Tokenizer(Tokenizer):
@@ -76,15 +142,6 @@ class GPT2Tokenizer(Tokenizer):
         """-> UTF-8. A token can be part of a character, so single tokens may not be valid UTF-8."""
         return gpt2_bpe().decode_bytes(self.known(ids))
 
-    def byte_lengths(self):
-        """The number of bytes of text for each id; the token between documents is no text."""
-        bpe = gpt2_bpe()
-        lengths = [len(bpe.decode_single_token_bytes(i)) for i in range(self.end_of_text)]
-        return np.array([*lengths, 0])
-
-    def default_prompt(self):
-        return "\n"
-
     def to_json(self):
         return {"tokenizer": "gpt2"}
 
@@ -93,9 +150,8 @@ class GPT2Tokenizer(Tokenizer):
         for a download."""
         files = super().files()
         for name, path in zip(("merges.txt", "vocab.json"), bpe_cache().values(), strict=True):
-            if os.path.exists(path):
-                with open(path, "rb") as f:
-                    files[name] = f.read()
+            if path.exists():
+                files[name] = path.read_bytes()
         return files
 
 
@@ -106,14 +162,13 @@ class CharTokenizer(Tokenizer):
     def __init__(self, characters, end_of_text=None):
         """characters: a text with each character once; its place is its id. end_of_text: None, or
         the first id after them."""
-        if not isinstance(characters, str) or not characters:
-            raise ValueError("a character tokenizer needs its table of characters")
-        if len(set(characters)) != len(characters):
-            raise ValueError("a character occurs twice in the table of characters")
+        if not characters or len(set(characters)) != len(characters):
+            raise ValueError("the table of characters is empty, or holds one of them twice")
         if end_of_text not in (None, len(characters)):
             raise ValueError(f"end_of_text={end_of_text!r} must be {len(characters)}, the first id "
                              "after the characters, or null")
         self.characters = characters
+        self.texts = [*characters, "<|endoftext|>"]              # of the ids
         self.end_of_text = end_of_text
         self.vocab_size = len(characters) + (end_of_text is not None)
         if self.vocab_size > UNKNOWN:
@@ -134,12 +189,7 @@ class CharTokenizer(Tokenizer):
 
     def decode_bytes(self, ids):
         """-> UTF-8"""
-        texts = [*self.characters, "<|endoftext|>"]
-        return "".join(texts[i] for i in self.known(ids)).encode()
-
-    def byte_lengths(self):
-        """The number of bytes of text for each id; the token between documents is no text."""
-        return np.array([*(len(c.encode()) for c in self.characters), 0])
+        return "".join(self.texts[i] for i in self.known(ids)).encode()
 
     def default_prompt(self):
         return "\n" if "\n" in self.characters else self.characters[0]
@@ -164,82 +214,6 @@ class CharTokenizer(Tokenizer):
         return {**super().files(), "tokenizer.json": json.dumps(saved).encode()}
 
 
-def tokenizer_from_json(meta):
-    """The tokenizer with this to_json(). ValueError, KeyError or TypeError if it is damaged."""
-    if meta["tokenizer"] == "gpt2":
-        return GPT2Tokenizer()
-    if meta["tokenizer"] == "char":
-        return CharTokenizer(meta.get("characters"), meta.get("end_of_text"))
-    raise ValueError(f"tokenizer {meta['tokenizer']!r:.50} is not known: use gpt2 or char")
-
-
-def load_tokenizer(name):
-    """The tokenizer of a folder, of a model of the hub (owner/name), or beside a file: that in its
-    meta.json; GPT-2's where there is none. ValueError if it has another one."""
-    folder = os.path.dirname(os.path.abspath(name)) if os.path.isfile(name) else name
-    if not os.path.exists(folder):
-        from model import is_pretrained
-        if not is_pretrained(str(name)):
-            raise FileNotFoundError(f"{name} was not found: name the folder of a model or of data")
-    path = f"{folder}/meta.json"
-    if not os.path.exists(path):
-        if os.path.exists(f"{folder}/meta.pkl"):
-            raise ValueError(f"{folder} has a meta.pkl, a pickle, which could run code, so it is "
-                             "not read, and no meta.json. Make one from the text: python "
-                             "data/prepare.py TEXT --name=NAME --tokenizer=char; then copy "
-                             f"data/NAME/meta.json to {folder}")
-        foreign = foreign_vocabulary(name, folder)
-        if not foreign:
-            return GPT2Tokenizer()
-        path = path_of_file(name, folder, "meta.json")           # of a model of ours on the hub
-        if not os.path.exists(path):
-            raise ValueError(foreign)
-    with open(path, encoding="utf-8") as f:
-        try:
-            return tokenizer_from_json(json.load(f))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path} is damaged: {error!s:.200}") from None
-
-
-def check_tokenizer(tokenizer, vocab_size, name):
-    """Raise ValueError if the model `name` has fewer tokens than its tokenizer."""
-    if tokenizer.vocab_size > vocab_size:
-        raise ValueError(f"{name}: the tokenizer {tokenizer.name} has {tokenizer.vocab_size} "
-                         f"tokens, the model {vocab_size}. Copy the meta.json of the data that it "
-                         "was trained on into its folder")
-
-
-def path_of_file(name, folder, file):
-    """The path of a file of a folder, or of a model of the hub, if it has this file."""
-    if "/" in str(name) and not os.path.exists(name):
-        from data.download import hub_file
-        with contextlib.suppress(FileNotFoundError):             # the model has no such file
-            return hub_file(name, file)
-    return f"{folder}/{file}"
-
-
-def foreign_vocabulary(name, folder):
-    """What is wrong if the files of transformers in a folder, or of a model of the hub, hold
-    another vocabulary than GPT-2's; else None. ValueError if they cannot be read."""
-    for file in ("tokenizer.json", "vocab.json"):
-        path = path_of_file(name, folder, file)
-        if not os.path.exists(path):
-            continue
-        with open(path, encoding="utf-8") as f:
-            try:
-                vocab = json.load(f)
-                if file == "tokenizer.json":
-                    vocab = vocab["model"]["vocab"]
-                text = "\n".join(sorted(vocab, key=vocab.get))
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"{path} cannot be read: {error!r:.100}") from None
-        if hashlib.sha256(text.encode(errors="replace")).hexdigest() == VOCABULARY:
-            return None
-        return (f"{path} is another tokenizer than GPT-2's, of {len(vocab):,} tokens; this project "
-                "reads only GPT-2's and its own meta.json")
-    return None
-
-
 def code_points(text):
     return np.frombuffer(text.encode("utf-32-le", errors="surrogatepass"), dtype=np.uint32)
 
@@ -249,31 +223,23 @@ def replace_surrogates(text):
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def bpe_cache():
-    """{address: path in tiktoken's cache} of GPT-2's tables: the merges and the vocabulary."""
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:   # a temporary folder, which a reboot may empty
-        folder = os.path.expanduser("~/.cache/tiktoken")
-        try:
-            os.makedirs(folder, exist_ok=True)
-        except OSError:                                          # a home that cannot be written
-            folder = tempfile.gettempdir()
-        os.environ["TIKTOKEN_CACHE_DIR"] = folder
-    folder = os.environ["TIKTOKEN_CACHE_DIR"]
-    addresses = [BPE_URL + "vocab.bpe", BPE_URL + "encoder.json"]
-    return {address: os.path.join(folder, hashlib.sha1(address.encode()).hexdigest())
-            for address in addresses}
-
-
 @functools.cache
 def gpt2_bpe():
-    import requests
-    import tiktoken
+    """tiktoken's object, from files that it downloads once."""
     cache = bpe_cache()
     try:
         return tiktoken.get_encoding("gpt2")
     except (requests.RequestException, OSError, ValueError) as error:
-        files = [f"{address} as {os.path.basename(path)}" for address, path in cache.items()]
-        raise ConnectionError(f"GPT-2's tokenizer files cannot be downloaded "
-                              f"({type(error).__name__}). To work offline, set TIKTOKEN_CACHE_DIR "
-                              "to a folder with two files: "
-                              + "; ".join(files)) from None
+        files = " and ".join(f"{url} as {path.name}" for url, path in cache.items())
+        raise ConnectionError(
+            f"GPT-2's tokenizer files cannot be downloaded ({type(error).__name__}). To work "
+            f"offline, set TIKTOKEN_CACHE_DIR to a folder with two files: {files}") from None
+
+
+def bpe_cache():
+    """{address: path in tiktoken's cache} of GPT-2's tables: the merges and the vocabulary."""
+    # tiktoken's own place is a temporary folder, which a reboot may empty.
+    default = os.path.expanduser("~/.cache/tiktoken")
+    folder = os.environ.setdefault("TIKTOKEN_CACHE_DIR", default)
+    urls = [BPE_URL + "vocab.bpe", BPE_URL + "encoder.json"]
+    return {url: Path(folder, hashlib.sha1(url.encode()).hexdigest()) for url in urls}
