@@ -59,7 +59,7 @@ class GPT2Config:
             value = getattr(self, f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
-            if not isinstance(value, f.type):
+            if not isinstance(value, f.type) or type(value) is bool and f.type is not bool:
                 raise ValueError(f"{f.name}={value!r:.50} is not of type {f.type}")
             if type(value) is int and not 0 < value <= 2**24:
                 raise ValueError(f"{f.name}={value} must be from 1 to 16,777,216")
@@ -558,7 +558,7 @@ def choose_device(name="auto"):
         name = found.type if found else "cpu"
         why = "found a GPU" if found else "found no GPU"
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError):                       # the second: torch without CUDA
         raise ValueError(f"device {name} was not found: use auto, cpu, cuda or mps") from None
     if name.startswith("cuda"):
@@ -567,9 +567,11 @@ def choose_device(name="auto"):
 
 
 def choose_dtype(name, device):
-    """-> (torch.dtype, why). name: auto, float32, bfloat16 or float16."""
-    if name != "auto":
+    """-> (torch.dtype, why). name: auto, float32, bfloat16 or float16; else raises ValueError."""
+    if name in ("float32", "bfloat16", "float16"):
         return getattr(torch, name), "as given"
+    if name != "auto":
+        raise ValueError(f"dtype {name} is not one of auto, float32, bfloat16, float16")
     if device.type != "cuda":
         return torch.float32, f"exact, on {device.type}"
     if torch.cuda.is_bf16_supported(including_emulation=False):

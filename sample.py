@@ -50,11 +50,8 @@ class Sampling:
     use_cache: bool = True      # keep keys and values; without it the same text takes longer
     seed: int = 1337            # random seed of the choices
     device: str = "auto"        # auto, cpu, cuda, cuda:1, mps
-    dtype: str = field(default="auto", metadata={
-        "choices": ("auto", "float32", "bfloat16", "float16")})  # of the weights: auto, float32,
-                                # bfloat16, float16
+    dtype: str = "auto"         # of the weights: auto, float32, bfloat16, float16
     compile: bool = False       # torch.compile: starts slowly, then writes faster
-    benchmark: bool = False     # time prompts of 32 tokens and of 3/4 block_size, and exit
 
 
 def main():
@@ -69,17 +66,15 @@ def main():
             parser.error(f"--{name}=0 must be above 0")
     try:
         device, _ = choose_device(options.device)
+        dtype, _ = choose_dtype(options.dtype, device)
     except ValueError as error:
         parser.error(str(error))
-    dtype, _ = choose_dtype(options.dtype, device)
     with one_line(OSError, ValueError):
         model, tokenizer = load(options, overrides)
         prompt = read_prompt(options.start, tokenizer)
     model = model.to(device, dtype)
     if options.compile:
         model.hidden = torch.compile(model.hidden, dynamic=True)
-    if options.benchmark:
-        return benchmark(model, options.num_samples)
     stop_token = None
     if options.stop_at_eot:
         stop_token = tokenizer.end_of_text
@@ -162,21 +157,6 @@ def write_many(tokenizer, prompt, stream, stop_token):
         print(tokenizer.decode([*prompt, *ids]) + "\n" + "-" * 15)
         count += len(ids)
     return count
-
-
-def benchmark(model, samples, new=32):
-    """Time reading a prompt, and then each token. Speed does not depend on the weights."""
-    for length in (32, model.config.block_size * 3 // 4):
-        idx = torch.randint(model.config.vocab_size, (samples, length), device=model.device)
-        for _ in range(2):                                       # the first time warms up
-            times = [time.perf_counter()]
-            for token in model.stream(idx, new + 1, temperature=0):
-                token.tolist()                                   # waits for a GPU
-                times.append(time.perf_counter())
-        read, *others = torch.tensor(times).double().diff().tolist()
-        one = sorted(others)[new // 2]
-        print(f"prompt {length:5}: read at {samples * length / read:,.0f} tokens per second, then "
-              f"{samples / one:,.1f} tokens per second for {samples} texts")
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class Run:
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 must be 1 or more")
         choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine"),
-                   "dtype": ("auto", "float32", "bfloat16", "float16"), "size": (None, *SIZES)}
+                   "size": (None, *SIZES)}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)} is not one of {values}")
@@ -437,7 +437,7 @@ class Trainer:
     def __post_init__(self):
         run = self.run
         config = self.model.config
-        self.dtype, why = choose_dtype(run.dtype, self.device)
+        self.dtype, why = from_flags(choose_dtype, {"name": run.dtype, "device": self.device})
         if self.dtype == torch.float16 and (run.fsdp or self.device.type != "cuda"):
             parser.error("float16 needs loss scaling, which works on CUDA without FSDP: use "
                          "--dtype=bfloat16 or float32")

@@ -85,20 +85,19 @@ def one_line(*errors):
         sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
 
 
-def progress(iterable, total, name):
-    """Yield the items, and show on stderr what part of `total` is done: in a terminal on one line,
-    in a log file with a line every 30 seconds. Work below two seconds shows nothing."""
-    terminal = sys.stderr.isatty()
-    began = time.monotonic()
-    due = began + (2 if terminal else 30)
-    for done, item in enumerate(iterable):
-        now = time.monotonic()
-        if done and now >= due:
-            left = (now - began) / done * max(0, total - done)
-            line = f"{name}  {min(1, done / total):.0%}  {left:,.0f} s left"
-            print(f"\r{line:<60}" if terminal else line, file=sys.stderr, flush=True,
-                  end="" if terminal else "\n")
-            due = now + (0.2 if terminal else 30)
+def progress(iterable, total, name, size=None):
+    """Yield the items, and show on stderr what part of `total` is done, once a second in a terminal
+    and every 30 seconds in a log file. size: a function of an item; None counts each as 1."""
+    pause = 1 if sys.stderr.isatty() else 30
+    began = shown = time.monotonic()
+    done = 0
+    for item in iterable:
         yield item
-    if terminal:
-        print("\r" + " " * 60, end="\r", file=sys.stderr, flush=True)
+        done += size(item) if size else 1
+        now = time.monotonic()
+        if now - shown > pause:
+            part = min(1, done / max(total, 1))
+            left = (now - began) * (1 - part) / max(part, 1e-3)
+            print(f"{name}  {part:.0%}  {left:,.0f} s left", file=sys.stderr, flush=True,
+                  end="   \r" if pause == 1 else "\n")
+            shown = now

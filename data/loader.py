@@ -1,7 +1,6 @@
 """Token files to samples, in an order that any number of processes can share."""
 import functools
 import glob
-import json
 import os
 import re
 import zlib
@@ -24,10 +23,7 @@ def find_data(name):
         folder = name
     paths = {"train": [], "val": []}
     for path in token_files(folder):
-        words = re.findall("[a-z]+", os.path.basename(path).lower())
-        if "train" in words and "val" in words:
-            raise ValueError(f"{path} has both train and val in its name: rename it to one of them")
-        for split in paths.keys() & words:
+        for split in paths.keys() & re.findall("[a-z]+", os.path.basename(path).lower()):
             paths[split].append(path)
     for split, found in paths.items():
         if not found:
@@ -77,7 +73,6 @@ class TokenDataset(Dataset):
 
     def __getitem__(self, i):
         T = self.block_size
-        i = range(len(self))[i]                                  # IndexError beyond the end
         f = int(np.searchsorted(self.ends, i, side="right"))
         before = int(self.ends[f - 1]) if f else 0
         start = (i - before) * self.stride
@@ -119,20 +114,9 @@ def open_tokens(path):
         return np.memmap(path, dtype="<u2", mode="r", offset=1024)
     if size == 0:
         raise ValueError(f"{path} is empty: prepare the data again, with another --val_frac")
-    if size % 2 or expected_tokens(path) not in (None, size // 2):
+    if size % 2:
         raise ValueError(f"{path} is half written ({size:,} bytes): prepare the data again")
     return np.memmap(path, dtype="<u2", mode="r")
-
-
-def expected_tokens(path):
-    """The number of tokens in a file by the meta.json beside it, None if that does not say."""
-    meta = Path(path).with_name("meta.json")
-    if not meta.exists():
-        return None
-    try:
-        return json.loads(meta.read_bytes()).get("tokens", {}).get(Path(path).stem)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{meta} is damaged: {error}") from None
 
 
 def open_mask(path):

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +15,6 @@ import requests
 import tiktoken
 
 UNKNOWN = 65535                                                  # the id of no character
-# Unicode's white space, as tiktoken's regular expression sees it
-WHITE = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # sha256 of GPT-2's tokens, joined by line breaks
 VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 BPE_URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -131,12 +128,6 @@ class GPT2Tokenizer(Tokenizer):
             return gpt2_bpe().encode_to_numpy(text, disallowed_special=()).astype(np.uint16)
         except UnicodeEncodeError:
             return self.encode(replace_surrogates(text))
-        except ValueError:                                       # too much white space for tiktoken
-            # Cut where tiktoken cuts anyway: before the last of a run of white space.
-            parts = re.split(f"(?<=[{WHITE}])(?=[{WHITE}][^{WHITE}])", text)
-            if len(parts) == 1:
-                raise
-            return np.concatenate([self.encode(part) for part in parts])
 
     def decode_bytes(self, ids):
         """-> UTF-8. A token can be part of a character, so single tokens may not be valid UTF-8."""
