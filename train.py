@@ -124,8 +124,10 @@ class Run:
         for name in ("batch_size", "gradient_accumulation_steps", "eval_interval", "log_interval"):
             if getattr(self, name) == 0:
                 raise ValueError(f"{name}=0 must be 1 or more")
+        if max(self.beta1, self.beta2) >= 1:
+            raise ValueError(f"beta1={self.beta1} and beta2={self.beta2} must be below 1")
         choices = {"optimizer": ("muon", "adamw"), "schedule": ("linear", "cosine"),
-                   "size": (None, *SIZES)}
+                   "size": (None, *SIZES), "backend": (None, "nccl", "gloo")}
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}={getattr(self, name)} is not one of {values}")
@@ -396,15 +398,16 @@ def make_model(run, shape, checkpoint, tokenizer):
 
 def open_splits(run, paths, config):
     """-> {split: TokenDataset}"""
+    stride = run.eval_stride or config.block_size
+    if stride > config.block_size:
+        parser.error(f"--eval_stride={stride} is above block_size={config.block_size}: tokens in "
+                     "between would be left out")
+    splits = {}
     with one_line(OSError, ValueError):
-        if run.eval_only:
-            stride = run.eval_stride or config.block_size
-            if stride > config.block_size:
-                parser.error(f"--eval_stride={stride} is above block_size={config.block_size}: "
-                             "tokens in between would be left out")
-            return {"val": TokenDataset(paths["val"], config.block_size, config.vocab_size, stride)}
-        return {split: TokenDataset(paths[split], config.block_size, config.vocab_size)
-                for split in ("train", "val")}
+        if not run.eval_only:
+            splits["train"] = TokenDataset(paths["train"], config.block_size, config.vocab_size)
+        splits["val"] = TokenDataset(paths["val"], config.block_size, config.vocab_size, stride)
+    return splits
 
 
 def check_same_data(run, checkpoint, splits):
@@ -746,16 +749,18 @@ def load_checkpoint(out_dir):
     path = f"{out_dir}/{CHECKPOINT}"
     if not os.path.exists(path):
         return None
-    with one_line(OSError, ValueError), damage(path):
-        damaged = zipfile.ZipFile(path).testzip()                # compares the checksums
-        if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong. The checkpoint before it is "
-                             f"{PREVIOUS}: rename it to {CHECKPOINT} to resume from there")
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        unknown = (saved["run"].keys() | saved["config"].keys()) - RUN - SHAPE
-        if unknown:
-            raise ValueError(f"this version of the code does not know the flag {min(unknown)}: "
-                             "resume with the version that wrote the checkpoint")
+    try:
+        with damage(path):
+            wrong = zipfile.ZipFile(path).testzip()              # compares the checksums
+            if wrong:
+                raise ValueError(f"the checksum of {wrong} is wrong")
+            saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            unknown = (saved["run"].keys() | saved["config"].keys()) - RUN - SHAPE
+            if unknown:
+                raise ValueError(f"this version of the code does not know the flag {min(unknown)}")
+    except (OSError, ValueError) as error:
+        sys.exit(f"train.py: {error}. The checkpoint before it, if there is one, is {PREVIOUS}: "
+                 f"rename it to {CHECKPOINT} to resume from there")
     return saved
 
 
@@ -889,8 +894,12 @@ class Log:
             return
         tokens = trainer.samples * trainer.model.config.block_size
         values = {"step": trainer.step, "tokens": tokens, **values}
-        with one_line(OSError), open(self.path, "a") as f:
-            f.write(json.dumps(values) + "\n")
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(values) + "\n")
+        except OSError as error:
+            sys.exit(f"train.py: {self.path} cannot be written: {error}. The last checkpoint is of "
+                     f"step {trainer.saved_step}")
         if self.wandb:
             self.wandb.log(values, step=trainer.step)
         if self.tensorboard:
@@ -991,7 +1000,8 @@ def plot(out_dirs, path):
     for i, (out_dir, records) in enumerate(runs.items()):
         color = COLORS[i % len(COLORS)]
         for name, width in (("loss", 1), ("val_loss", 2.5)):
-            points = " ".join(f"{r['step']},{-r[name]:.5g}" for r in records if name in r)
+            points = [f"{r['step']},{-r[name]:.5g}" for r in records if name in r]
+            points = " ".join(points[::len(points) // 700 + 1])  # one for each pixel
             lines += (f'<polyline points="{points}" fill="none" stroke="{color}" '
                       f'stroke-width="{width}" vector-effect="non-scaling-stroke"/>')
         best = min((r["val_loss"] for r in records if "val_loss" in r), default=math.nan)
@@ -1169,7 +1179,12 @@ def leave(code):
 
 
 if __name__ == "__main__":
-    code = main() or 0
+    try:
+        code = main() or 0
+    except RuntimeError as error:
+        if "gloo/transport" not in str(error):
+            raise
+        sys.exit("train.py: another process of this run ended; its message says why")
     if dist.is_initialized():
         leave(code)
     sys.exit(code)
