@@ -293,7 +293,8 @@ class MultiHeadAttention(nn.Module):
 
     def split_heads(self, x):
         """(B, T, H·D) -> (B, H, T, D)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        x = x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.contiguous() if x.device.type == "mps" else x   # wrong there else (issue 181133)
 
 
 # --------------------------------------------------------------------------------------------------
