@@ -269,8 +269,8 @@ def learning_rate(run, step):
 
 def stop_not_finite(trainer, what):
     """End a run whose loss or gradient is inf or nan."""
-    sys.exit(f"train.py: {what} is not finite. The last checkpoint is of step {trainer.saved_step}. "
-             "Resume, or start again, with a lower rate: "
+    sys.exit(f"train.py: {what} is not finite. The last checkpoint is of step "
+             f"{trainer.saved_step}. Resume, or start again, with a lower rate: "
              f"--learning_rate={trainer.run.learning_rate / 2:g}")
 
 

@@ -21,6 +21,7 @@ HUB = {"gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-me
        "distilgpt2": "distilbert/distilgpt2"}
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"                           # where they are in several files
+DAMAGE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 TOKENIZERS = ("meta.json", "tokenizer.json", "vocab.json")       # one of them tells which it is
 
 
@@ -83,13 +84,18 @@ def get_weights(repo, folder):
             return get(repo, folder, WEIGHTS)
         except FileNotFoundError:                                # they are in several files
             pass
-    index = json.loads(get(repo, folder, INDEX).read_bytes())
-    for file in sorted(set(index["weight_map"].values())):
-        get(repo, folder, os.path.basename(file))
+    index = get(repo, folder, INDEX)
+    try:
+        files = set(map(os.path.basename, json.loads(index.read_bytes())["weight_map"].values()))
+    except DAMAGE as error:
+        raise OSError(f"{index} is damaged: {error!r:.100}") from None
+    for file in sorted(files):
+        get(repo, folder, file)
 
 
 def get_tokenizer(repo, folder):
-    if any((folder / file).exists() for file in TOKENIZERS):
+    here = [folder / file for file in TOKENIZERS if (folder / file).exists()]
+    if any(problem_in(path, ".json") is None for path in here):
         return
     for file in TOKENIZERS:
         with contextlib.suppress(FileNotFoundError):
@@ -109,7 +115,7 @@ def problem_in(path, suffix):
                 end = max(entry["data_offsets"][1] for entry in header.values())
                 if os.path.getsize(path) != 8 + length + end:
                     return "it is truncated"
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+    except DAMAGE:
         return f"it is not a {suffix} file"
 
 
@@ -126,7 +132,7 @@ def hub_download(repo, file, path):
 
 def download(url, path, sha256=None, token=None):
     """Download `url` to `path`. The file gets this name once it is complete and sound, with the
-    size and sha256 that the server announces, or this sha256."""
+    sha256 that the server announces, or this one."""
     part = Path(f"{path}.{os.getpid()}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -145,7 +151,7 @@ def download(url, path, sha256=None, token=None):
 
 
 def fetch(url, part, sha256, token):
-    """Write what the server sends to `part`, and compare its size and hash."""
+    """Write what the server sends to `part`, and compare its hash."""
     retries = Retry(3, backoff_factor=0.5, status_forcelist=(429, 500, 502, 503, 504),
                     raise_on_status=False)
     headers = {"Accept-Encoding": "identity"}
@@ -165,10 +171,9 @@ def fetch(url, part, sha256, token):
                 digest.update(chunk)
         f.flush()
         os.fsync(f.fileno())
-        got = f.tell()
-    if size not in (0, got) or sha256 not in (None, "", digest.hexdigest()):
-        raise ConnectionError(f"{url}: the {got:,} bytes that came are not the file that was "
-                              f"announced ({size or got:,} bytes, sha256 {sha256}). Try again")
+    if sha256 not in (None, "", digest.hexdigest()):
+        raise ConnectionError(f"{url}: the {size:,} bytes that came are not the file that was "
+                              f"announced, of sha256 {sha256}. Try again")
 
 
 def check_status(reply, url):

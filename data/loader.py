@@ -23,11 +23,15 @@ def find_data(name):
         folder = name
     paths = {"train": [], "val": []}
     for path in token_files(folder):
-        for split in paths.keys() & re.findall("[a-z]+", os.path.basename(path).lower()):
+        splits = paths.keys() & re.findall("[a-z]+", os.path.basename(path).lower())
+        if len(splits) > 1:
+            raise ValueError(f"{path} has both train and val in its name: rename it to one of them")
+        for split in splits:
             paths[split].append(path)
     for split, found in paths.items():
         if not found:
-            ready = sorted(other for other in os.listdir(DATA) if token_files(f"{DATA}/{other}"))
+            ready = sorted(other for other in os.listdir(DATA)
+                           if token_files(f"{DATA}/{other}") and not other.endswith(".part"))
             raise FileNotFoundError(
                 f"data set {name!r}: {folder} has no {split}.bin. Prepared are: "
                 f"{', '.join(ready) or 'none'}. Prepare one with python data/prepare.py")

@@ -319,6 +319,8 @@ def new_folder(folder):
         if os.path.exists(folder):
             os.rename(folder, old)
         os.rename(part, folder)
+    except OSError as error:
+        raise OSError(f"{error.filename or part}: {error.strerror or error}") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -367,6 +369,8 @@ def main():
         parser.error(f"--{min(useless)} has no effect on {name}: leave it out")
     if options.get("tokenizer", "gpt2") not in ("gpt2", "char"):
         parser.error(f"--tokenizer={options['tokenizer']} must be gpt2 or char")
+    if options.get("pairs", ",").count(",") != 1:
+        parser.error(f"--pairs={options['pairs']} must be two names: --pairs=PROMPT,COMPLETION")
     if options.get("val_frac", 1) > 1:
         parser.error(f"--val_frac={options['val_frac']} must be at most 1")
     with one_line(OSError):

@@ -30,7 +30,7 @@ def load_tokenizer(path):
     if meta.exists():
         try:
             return tokenizer_from_json(json.loads(meta.read_bytes()))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{meta} is damaged: {error!s:.200}") from None
     if (folder / "meta.pkl").exists():
         raise ValueError(f"{folder} has no meta.json. Its meta.pkl is not read: a pickle could "
