@@ -59,7 +59,8 @@ class GPT2Config:
             value = getattr(self, f.name)
             if f.type is float and type(value) is int:
                 value = float(value)
-            if not isinstance(value, f.type) or type(value) is bool and f.type is not bool:
+            true_as_1 = type(value) is bool and f.type is not bool
+            if not isinstance(value, f.type) or true_as_1:
                 raise ValueError(f"{f.name}={value!r:.50} is not of type {f.type}")
             if type(value) is int and not 0 < value <= 2**24:
                 raise ValueError(f"{f.name}={value} must be from 1 to 16,777,216")
@@ -102,10 +103,15 @@ class GPT2Config:
         kv_size = self.kv_heads * self.head_dim
         return [self.n_embd, kv_size, kv_size]
 
+    def window(self, layer):
+        """How many tokens a token sees in a layer, itself included. None: all before it."""
+        return self.window_size
+
     @property
     def endless(self):
-        """Whether text has no length limit: nothing depends on the distance to its start."""
-        return self.rope and self.sliding_window
+        """Whether text has no length limit: rope has no last position, and every layer keeps only a
+        window."""
+        return self.rope and all(map(self.window, range(self.n_layer)))
 
     def flops_per_token(self):
         """Floating point operations of a forward pass per token, averaged over a sequence of
@@ -113,11 +119,14 @@ class GPT2Config:
         sees. Training costs 3 times as many. (Kaplan et al. 2020, arXiv 2001.08361, table 1, but
         only keys that the mask lets through are counted.)"""
         T = self.block_size
-        W = self.window_size or T
         C = self.n_embd
-        keys = (W * (W + 1) / 2 + (T - W) * W) / T               # mean over i of min(i + 1, W)
         block = C * sum(self.qkv_sizes) + C * C + 8 * C * C      # c_attn, c_proj, feed-forward
-        return self.n_layer * (2 * block + 4 * C * keys) + 2 * self.vocab_size * C
+        flops = 2 * (self.n_layer * block + self.vocab_size * C)
+        for layer in range(self.n_layer):
+            W = self.window(layer) or T
+            keys = (W * (W + 1) / 2 + (T - W) * W) / T           # mean over i of min(i + 1, W)
+            flops += 4 * C * keys
+        return flops
 
 
 SIZES = {                                        # of OpenAI's models, all with block_size=1024
@@ -214,15 +223,15 @@ class KVCache:
 
 
 class AttentionHead(nn.Module):
-    """All that one head does with its q, k and v: rotate, read and extend the cache, mask, attend.
+    """Attention without weights: rotate q and k, read and extend the cache, mask, attend.
 
-    It owns no weights and broadcasts over leading dimensions: one head (B, T, D) and all heads at
-    once (B, H, T, D) run the same code.
+    It broadcasts over leading dimensions: one head (B, T, D) and all heads at once (B, H, T, D) run
+    the same code.
     """
 
     def __init__(self, config, layer=0):
         super().__init__()
-        self.window = config.window_size                         # None: all tokens
+        self.window = config.window(layer)
         self.flash = config.flash
         self.dropout = config.dropout
 
@@ -284,8 +293,8 @@ class MultiHeadAttention(nn.Module):
     def forward(self, x, rotary=None, cache=None):
         qkv = self.c_attn(x)                                     # (B, T, C + 2·K·D)
         dtype = qkv.dtype
-        if qkv.is_cpu and dtype.itemsize == 2:           # torch's attention is slow in these here
-            qkv = qkv.float()
+        if qkv.is_cpu and dtype.itemsize == 2:
+            qkv = qkv.float()            # torch's attention on a CPU is slow in half precision
         q, k, v = (self.split_heads(part) for part in qkv.split(self.sizes, dim=-1))
         y = self.head(q, k, v, rotary, cache)                    # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2).to(dtype)               # (B, T, C)
@@ -386,7 +395,7 @@ class GPT2(nn.Module):
     def forward(self, idx, targets=None, cache=None, last=False):
         """idx (B, T) token ids -> (logits (B, T, V), None), or with last=True (logits (B, V) of the
         last position, None). With targets (B, T), -1 where not counted -> (None, mean cross-entropy
-        in nats): all logits would be the largest tensor of a training step.
+        in nats). There are no logits then: they would be the largest tensor of a training step.
 
         cache: from new_cache; idx then continues the text that the cache has seen. The ids of one
         text may also be a list or an array. Raises ValueError for a text longer than block_size,
@@ -418,7 +427,7 @@ class GPT2(nn.Module):
         else:
             x = x + self.transformer.wpe(positions)
         x = self.transformer.drop(x)
-        x = x.to(compute_dtype(x))                               # of the residual stream
+        x = x.to(compute_dtype(x))                               # the residual stream has it
         for i, block in enumerate(self.transformer.h):
             if cache:
                 x = block(x, rotary, cache[i])
@@ -437,7 +446,7 @@ class GPT2(nn.Module):
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None,
                  use_cache=True, generator=None, stop_token=None):
         """idx (B, T) -> (B, T + max_new_tokens). The arguments are those of `stream`. A text that
-        has reached stop_token is filled up with it."""
+        has reached stop_token is padded with it."""
         idx = token_ids(idx, self.device)
         length = idx.size(1) + max_new_tokens
         written = self.stream(idx, max_new_tokens, temperature, top_k, top_p, use_cache, generator,
@@ -515,11 +524,12 @@ class GPT2(nn.Module):
             model = cls(config)
         model.load_state_dict(weights, assign=True)
         model.changes = changes
-        return model.requires_grad_().eval()
+        return model.requires_grad_().eval()                     # the weights came without
 
 
 def empty_embedding(rows, width):
-    """nn.Embedding without initial values: drawing them on the meta device imports for a second."""
+    """nn.Embedding without initial values. On the meta device drawing them takes a second, in which
+    torch imports what it needs for it."""
     return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
 
 
@@ -693,21 +703,21 @@ class LinearCrossEntropy(torch.autograd.Function):
         if keep_gradients:
             grad_x = torch.empty_like(x)
             grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        numbers = 2**27 if x.is_cuda else 2**24                  # logits held at a time
+        numbers = 2**27 if x.is_cuda else 2**26 // dtype.itemsize            # logits at a time
         rows = max(1, numbers // len(weight) // 128) * 128       # a multiple that GPUs like
         for at in range(0, len(x), rows):
             part = x_half[at:at + rows]
-            target = targets[None, at:at + rows]
-            counted = target >= 0
-            target = target.clamp(min=0)
+            counted = targets[at:at + rows] >= 0
+            target = targets[at:at + rows].clamp(min=0)
+            column = torch.arange(len(part), device=x.device)
             logits = (weight_half @ part.t()).float()            # (V, rows), faster than (rows, V)
-            highest = logits.amax(dim=0, keepdim=True)
-            chosen = logits.gather(0, target) - highest
-            total = logits.sub_(highest).exp_().sum(dim=0, keepdim=True)
+            highest = logits.amax(dim=0)
+            chosen = logits[target, column] - highest
+            total = logits.sub_(highest).exp_().sum(dim=0)
             loss += (total.log() - chosen).masked_fill(~counted, 0).sum()
             if keep_gradients:                                   # softmax - one hot
                 grad = logits.mul_(counted / total).to(dtype)
-                grad.scatter_(0, target, ((chosen.exp() / total - 1) * counted).to(dtype))
+                grad[target, column] = ((chosen.exp() / total - 1) * counted).to(dtype)
                 grad_x[at:at + rows] = grad.t() @ weight_half
                 if dtype == torch.float32:
                     grad_weight.addmm_(grad, part)
@@ -987,9 +997,8 @@ def write_pretrained(folder, config, weights, tokenizer=None):
     write_safetensors(f"{folder}/model.safetensors", to_file(config, weights))
 
 
-# Fields that `convert` can change in a model with weights
-CONVERTIBLE = {"block_size", "dropout", "flash", "rope", "rope_theta", "gqa", "n_kv_head",
-               "sliding_window", "window_size"}
+# Fields that the weights fix: `convert` can change the others.
+FIXED = {"vocab_size", "n_layer", "n_head", "n_embd", "bias"}
 
 
 def convert(saved, weights, overrides, changes):
@@ -1002,7 +1011,7 @@ def convert(saved, weights, overrides, changes):
     """
     for name, value in overrides.items():
         before = getattr(saved, name)
-        fixed = name not in CONVERTIBLE or name == "rope_theta" and saved.rope
+        fixed = name in FIXED or name == "rope_theta" and saved.rope
         removed = name in ("rope", "gqa") and before and not value
         if removed or fixed and value != before:
             raise ValueError(f"{name}={value} contradicts the model, which has {name}={before}")

@@ -14,7 +14,7 @@ import signal
 import stat
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 if __name__ == "__main__":                       # before the imports below, which take seconds
     signal.signal(signal.SIGINT, signal.SIG_DFL)                 # Ctrl-C shows no traceback
@@ -27,7 +27,7 @@ import torch
 from data.flags import add_flags, flag_parser, one_line
 from data.hub import local_path
 from data.tokenizer import check_tokenizer, load_tokenizer, replace_surrogates
-from model import CONVERTIBLE, GPT2, GPT2Config, choose_device, choose_dtype
+from model import FIXED, GPT2, GPT2Config, choose_device, choose_dtype
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Sampling:
 
 def main():
     parser = flag_parser(__doc__, Sampling)
-    overridable = CONVERTIBLE - {"dropout"}
+    overridable = {f.name for f in fields(GPT2Config)} - FIXED - {"dropout"}
     add_flags(parser, GPT2Config, only=overridable)
     typed = vars(parser.parse_args())
     overrides = {name: typed.pop(name) for name in overridable & typed.keys()}

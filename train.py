@@ -165,21 +165,22 @@ def main():
     typed = parse_command_line()
     if "plot" in typed:
         return plot_only(typed["plot"].split(","))
-    run, shape, checkpoint = resolve(typed)
+    run, model_flags, checkpoint = resolve(typed)
     device = start_processes(run)
     paths, tokenizer = open_data(run)
-    model = make_model(run, shape, checkpoint, tokenizer)
+    model = make_model(run, model_flags, checkpoint, tokenizer)
     splits = open_splits(run, paths, model.config)
     check_same_data(run, checkpoint, splits)
-    trainer = Trainer(run, model, tokenizer, splits, device)
+    trainer = Trainer(run, model, tokenizer, splits, device)     # makes the optimizers, too
     if checkpoint:
-        restore(trainer, checkpoint)
+        restore_progress(trainer, checkpoint)
     if run.eval_only:
         return evaluate_only(trainer)
     trainer.start_reading()
     if run.benchmark:
         return benchmark(trainer)
 
+    lock = open_out_dir(trainer)                                 # held until the end
     log = Log(trainer)
     signals = StopSignals()
     while True:
@@ -190,15 +191,20 @@ def main():
             break
         loss, norm = train_step(trainer, signals)
         log.step(trainer, loss, norm)
-    if trainer.saved_step != trainer.step:
+    if trainer.saved_step != trainer.step:                       # a signal between evaluations
         save_checkpoint(trainer, export=run.always_save_checkpoint)
     log.close(trainer, signals.exit_code)
+    del lock
     return signals.exit_code
 
 
 def train_step(trainer, signals):
     """Forward and backward passes over the batches of a step, and an update of the weights.
-    Returns (mean loss, gradient norm) over all processes."""
+    Returns (mean loss, gradient norm) over all processes.
+
+    With masked data a batch counts by its share of counted targets. At the end loss and gradient
+    are divided by the share of the whole step, so that each counted target has the same weight.
+    """
     run = trainer.run
     # Dropout depends on seed, step and rank alone: there is no random state to save.
     sequence = np.random.SeedSequence([run.seed, trainer.step, rank()])
@@ -210,7 +216,7 @@ def train_step(trainer, signals):
         set_sync(trainer.net, last=i == trainer.micro_batches - 1)
         with trainer.autocast():
             _, loss = trainer.net(x, y)
-        share = (y >= 0).float().mean()                          # 1, but for data with a mask
+        share = (y >= 0).float().mean()                          # 1 without a mask
         loss = loss * share / trainer.micro_batches
         trainer.scaler.scale(loss).backward()
         trainer.read_batch()                                     # while a GPU is still computing
@@ -230,7 +236,6 @@ def train_step(trainer, signals):
     finite = math.isfinite(norm)
     if not math.isfinite(loss) or not (finite or trainer.scaler.is_enabled()):
         stop_not_finite(trainer, f"step {trainer.step + 1}: the loss {loss} or the norm {norm}")
-    # Each counted target has the same weight, in whatever batch and process it is.
     scale = min(1.0, (run.grad_clip or math.inf) / (norm + 1e-6)) / counted
     if scale != 1:
         torch._foreach_mul_([p.grad for p in parameters], scale)
@@ -305,7 +310,8 @@ def resolve(typed):
                      "--out_dir, or leave out --init_from to start from scratch")
         source = "resume" if checkpoint else "scratch"
     if source == "resume":
-        recipe = {**checkpoint["run"], **checkpoint["config"]}
+        defaults = {f.name: f.default for f in (*fields(Run), *fields(GPT2Config))}
+        recipe = {**defaults, **checkpoint["run"], **checkpoint["config"]}
         check_contradictions(typed, recipe, out_dir)
         if typed.get("eval_only") or typed.get("benchmark"):     # these look at the exported model
             source = out_dir
@@ -372,24 +378,24 @@ def open_data(run):
         return paths, load_tokenizer(folder)
 
 
-def make_model(run, shape, checkpoint, tokenizer):
+def make_model(run, flags, checkpoint, tokenizer):
     """-> GPT2 with new weights, or those of a checkpoint or of another model, on the CPU."""
     if run.init_from == "scratch":
-        shape["vocab_size"] = shape["vocab_size"] or tokenizer.vocab_size
-        if shape["vocab_size"] < tokenizer.vocab_size:
-            parser.error(f"--vocab_size={shape['vocab_size']} is below the "
+        flags["vocab_size"] = flags["vocab_size"] or tokenizer.vocab_size
+        if flags["vocab_size"] < tokenizer.vocab_size:
+            parser.error(f"--vocab_size={flags['vocab_size']} is below the "
                          f"{tokenizer.vocab_size} different tokens of the data")
         torch.manual_seed(run.seed)
-        return GPT2(from_flags(GPT2Config, shape))
+        return GPT2(from_flags(GPT2Config, flags))
     if checkpoint:
-        model = GPT2(from_flags(GPT2Config, shape))
+        model = GPT2(from_flags(GPT2Config, flags))
         model.load_state_dict(checkpoint["model"])
         trained_with = tokenizer_from_json(checkpoint["tokenizer"])
     else:
         with one_line(OSError, ValueError):
             main_process_first(local_path, run.init_from)
             source = local_path(run.init_from)
-            model = GPT2.from_pretrained(source, **shape)
+            model = GPT2.from_pretrained(source, **flags)
             trained_with = load_tokenizer(source)
             check_tokenizer(trained_with, model.config.vocab_size, source)
     if trained_with.to_json() != tokenizer.to_json():
@@ -510,7 +516,7 @@ def compile_blocks(model, flag):
 def make_optimizers(run, model):
     """The optimizers of a run, each for its own parameters. The learning rate is set at each step;
     what an optimizer keeps in its `state` is saved. A parameter without requires_grad is frozen."""
-    announce("optimizer", run.optimizer)
+    announce("optimizer", f"{run.optimizer}: the default is muon, for fine-tuning adamw")
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = []
     if run.optimizer == "muon":
@@ -767,7 +773,7 @@ def load_checkpoint(out_dir):
     return saved
 
 
-def restore(trainer, checkpoint):
+def restore_progress(trainer, checkpoint):
     """Continue where the checkpoint was written; the model has its weights already."""
     for name in PROGRESS:
         setattr(trainer, name, checkpoint[name])
@@ -816,19 +822,22 @@ def keep_previous(out_dir):
 
 
 def open_out_dir(trainer):
-    """Make out_dir and keep other runs out. A model or run that a new run would overwrite moves as
-    a whole to the first free out_dir-N."""
+    """Make out_dir and keep other runs out, as long as the file that this returns is open. A model
+    or run that a new run would overwrite moves as a whole to the first free out_dir-N."""
+    if not is_main_process():
+        return None
     out_dir = os.path.normpath(trainer.run.out_dir)
-    lock = lock_folder(out_dir)
-    names = os.listdir(out_dir)
-    if trainer.saved_step is None and any(
-            name == "config.json" or name.endswith((".safetensors", ".pt")) for name in names):
-        number = 1
-        while os.path.exists(f"{out_dir}-{number}"):
-            number += 1
-        os.rename(out_dir, f"{out_dir}-{number}")
-        say(f"moved     the run that was in {out_dir} to {out_dir}-{number}")
+    with one_line(OSError):
         lock = lock_folder(out_dir)
+        models = [name for name in os.listdir(out_dir)
+                  if name == "config.json" or name.endswith((".safetensors", ".pt"))]
+        if trainer.saved_step is None and models:
+            number = 1
+            while os.path.exists(f"{out_dir}-{number}"):
+                number += 1
+            os.rename(out_dir, f"{out_dir}-{number}")
+            announce("moved", f"the run that was in {out_dir} to {out_dir}-{number}")
+            lock = lock_folder(out_dir)
     return lock
 
 
@@ -875,7 +884,6 @@ class Log:
         if not is_main_process():
             return
         with one_line(OSError, ImportError):
-            self.lock = open_out_dir(trainer)
             kept = [r for r in read_metrics(run.out_dir) if r["step"] <= trainer.step]
             with atomic_write(self.path) as f:                   # later records will come again
                 f.writelines(json.dumps(record).encode() + b"\n" for record in kept)
@@ -942,7 +950,7 @@ class Log:
             self.wandb.finish()
         try:
             plot([run.out_dir], f"{run.out_dir}/loss.svg")
-        except (OSError, ValueError) as error:                   # the run is good all the same
+        except (OSError, ValueError, TypeError) as error:        # the run is good all the same
             say(f"{run.out_dir}/loss.svg was not drawn: {error}")
         if exit_code:
             return say(f"\nstopped at step {trainer.step}, saved in {run.out_dir}. Resume with\n"
@@ -954,15 +962,15 @@ class Log:
 
 
 def read_metrics(out_dir):
-    """The records of metrics.jsonl. A truncated line, or one that is not of numbers, is skipped."""
+    """The records of metrics.jsonl. A truncated line is skipped."""
     records = []
     with contextlib.suppress(FileNotFoundError):
         with open(f"{out_dir}/metrics.jsonl", encoding="utf-8", errors="replace") as f:
             for line in f:
-                with contextlib.suppress(ValueError, TypeError, AttributeError, KeyError):
+                with contextlib.suppress(ValueError, TypeError, LookupError):
                     record = json.loads(line)
-                    if all(math.isfinite(value) for value in [record["step"], *record.values()]):
-                        records.append(record)
+                    record["step"] = int(record["step"])
+                    records.append(record)
     return records
 
 
@@ -989,7 +997,7 @@ def plot(out_dirs, path):
     runs = {out_dir: read_metrics(out_dir) for out_dir in out_dirs}
     last = max((r["step"] for records in runs.values() for r in records), default=0)
     shown = [r[name] for records in runs.values() for r in records for name in ("loss", "val_loss")
-             if name in r and r["step"] >= last / 20]            # cuts off a first drop
+             if name in r and math.isfinite(r[name]) and r["step"] >= last / 20]     # no first drop
     if not shown:
         raise ValueError(f"{' and '.join(out_dirs)}: metrics.jsonl holds no losses to draw")
     high = max(shown) + 0.05
