@@ -884,7 +884,8 @@ class Log:
         if not is_main_process():
             return
         with one_line(OSError, ImportError):
-            kept = [r for r in read_metrics(run.out_dir) if r["step"] <= trainer.step]
+            resumed = trainer.saved_step is not None
+            kept = [r for r in read_metrics(run.out_dir) if resumed and r["step"] <= trainer.step]
             with atomic_write(self.path) as f:                   # later records will come again
                 f.writelines(json.dumps(record).encode() + b"\n" for record in kept)
             if run.tensorboard:
@@ -1062,7 +1063,13 @@ def start_processes(run):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     if is_distributed():
-        dist.init_process_group(run.backend, timeout=timedelta(hours=1))
+        # After a restart the store still has the addresses of the dead (pytorch issue 135712):
+        # each attempt has its own prefix. Several machines may count attempts differently.
+        store, own_rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", ""), store)
+        dist.init_process_group(run.backend, timeout=timedelta(hours=1), store=store,
+                                rank=own_rank, world_size=size)
     if device.type == "cpu":
         keep_memory()
         if is_distributed() and os.environ.get("OMP_NUM_THREADS") == "1":        # set by torchrun
