@@ -2871,9 +2871,9 @@ def wait_for(path, timeout=60):
 def test_a_second_signal_ends_a_step_that_hangs(tiny):
     run = tiny.start_training(before=partial(slow_steps, 600))
     wait_for(run.out / "metrics.jsonl")
-    for _ in range(2):
-        time.sleep(2.2)
-        os.kill(run.processes[0].pid, signal.SIGTERM)
+    os.kill(run.processes[0].pid, signal.SIGTERM)
+    time.sleep(2.2)
+    os.kill(run.processes[0].pid, signal.SIGTERM)
     run.end(code=143, timeout=20)
 
 
@@ -3431,7 +3431,7 @@ def moments(cut):
     return [Run(cut.tiny, folder.with_name(f"copy.{n}")) for n in range(1, count + 1)]
 
 
-@pytest.mark.parametrize("every", [7, slow(1)])
+@pytest.mark.parametrize("every", [10, slow(1)])
 def test_a_kill_at_any_disk_call_loses_nothing(moments, whole, every):
     assert len(moments) > 20
     for moment in moments[::every]:
@@ -3463,7 +3463,7 @@ def test_readers_of_a_run_change_nothing(tiny, moments):
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS], ids=["full", "read-only"])
-@pytest.mark.parametrize("every", [30, slow(1)])
+@pytest.mark.parametrize("every", [45, slow(1)])
 def test_a_disk_that_fails_at_any_call_loses_nothing(tiny, first_cut, moments, whole, error, every):
     for number in range(1, len(moments), every):
         run = first_cut.copy(tiny, str(number))
