@@ -3206,8 +3206,8 @@ def test_a_dead_process_ends_the_run(tiny, fsdp):
 @both_modes
 def test_torchrun_restarts_a_dead_process(tiny, fsdp):
     options = ("--standalone", "--max-restarts=2")
-    how = dict(fsdp=fsdp, max_iters=300, eval_interval=50)
-    agent = torchrun(tiny, "--init_from=auto", options=options, nproc=4, **how)
+    how = dict(max_iters=300, eval_interval=50)
+    agent = torchrun(tiny, "--init_from=auto", options=options, nproc=4, fsdp=fsdp, **how)
     wait_for(tiny.folder / "out/checkpoint.pt")
     kill_rank(2, agent)
     succeed([agent])
