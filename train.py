@@ -155,6 +155,9 @@ FINETUNE = dict(optimizer="adamw", learning_rate=3e-5, dropout=0.1, warmup_iters
                 sample_interval=0, always_save_checkpoint=False)
 
 parser = flag_parser(__doc__, Run, GPT2Config, **SCRATCH)
+for flag, name in ("--muon", "muon"), ("--no-muon", "adamw"):
+    parser.add_argument(flag, dest="optimizer", action="store_const", const=name,
+                        help=f"short for --optimizer={name}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -162,15 +165,14 @@ parser = flag_parser(__doc__, Run, GPT2Config, **SCRATCH)
 
 
 def main():
-    typed = parse_command_line()
+    typed = vars(parser.parse_args())                            # {name: value}
     if "plot" in typed:
-        return plot_only(typed["plot"].split(","))
+        return plot(typed["plot"].split(","))
     run, model_flags, checkpoint = resolve(typed)
     device = start_processes(run)
     paths, tokenizer = open_data(run)
     model = make_model(run, model_flags, checkpoint, tokenizer)
-    splits = open_splits(run, paths, model.config)
-    check_same_data(run, checkpoint, splits)
+    splits = open_splits(run, paths, model.config, checkpoint)
     trainer = Trainer(run, model, tokenizer, splits, device)     # makes the optimizers, too
     if checkpoint:
         restore_progress(trainer, checkpoint)
@@ -213,7 +215,9 @@ def train_step(trainer, signals):
     counted = 0.0                                                # share of the targets
     for i in range(trainer.micro_batches):
         x, y = trainer.batch
-        set_sync(trainer.net, last=i == trainer.micro_batches - 1)
+        # DDP exchanges gradients in the last batch only. FSDP does in each, or every process would
+        # keep them whole.
+        trainer.net.require_backward_grad_sync = i == trainer.micro_batches - 1
         with trainer.autocast():
             _, loss = trainer.net(x, y)
         share = (y >= 0).float().mean()                          # 1 without a mask
@@ -283,22 +287,13 @@ def stop_not_finite(trainer, what):
 # Before the first step: flags, data, model
 
 
-def parse_command_line():
-    """-> {name: value} of the flags that were typed."""
-    for flag, name in ("--muon", "muon"), ("--no-muon", "adamw"):
-        parser.add_argument(flag, dest="optimizer", action="store_const", const=name,
-                            help=f"short for --optimizer={name}")
-    typed = vars(parser.parse_args())
-    if typed.get("size") in SIZES:
-        typed = {"block_size": 1024, **SIZES[typed["size"]], **typed}
-    return typed
-
-
 def resolve(typed):
     """Resolve every flag: defaults < recipe < checkpoint < typed.
 
     Returns (Run, {field of GPT2Config: value}, checkpoint to resume or None).
     """
+    if typed.get("size") in SIZES:
+        typed = {"block_size": 1024, **SIZES[typed["size"]], **typed}
     source = typed.get("init_from", "scratch")
     out_dir = typed.get("out_dir", Run.out_dir)
     checkpoint = None
@@ -318,22 +313,17 @@ def resolve(typed):
             recipe = checkpoint["run"]
             checkpoint = None
     elif source == "scratch":
-        recipe = scratch_recipe(typed)
+        recipe = dict(SCRATCH)
+        if typed.get("optimizer") == "adamw":
+            recipe.update(ADAMW)
+        if "size" in typed:
+            recipe.update(LARGE_MODEL)
+        if "size" in typed and typed.get("dataset") in ("fineweb", "fineweb_edu"):
+            recipe.update(FINEWEB)
     settings = {**recipe, **typed, "init_from": source}
     run = from_flags(Run, {name: value for name, value in settings.items() if name in RUN})
     check_flags(run)
     return run, {name: value for name, value in settings.items() if name in SHAPE}, checkpoint
-
-
-def scratch_recipe(typed):
-    recipe = dict(SCRATCH)
-    if typed.get("optimizer") == "adamw":
-        recipe.update(ADAMW)
-    if "size" in typed:
-        recipe.update(LARGE_MODEL)
-        if typed.get("dataset") in ("fineweb", "fineweb_edu"):
-            recipe.update(FINEWEB)
-    return recipe
 
 
 def from_flags(make, values):
@@ -405,8 +395,8 @@ def make_model(run, flags, checkpoint, tokenizer):
     return model
 
 
-def open_splits(run, paths, config):
-    """-> {split: TokenDataset}"""
+def open_splits(run, paths, config, checkpoint):
+    """-> {split: TokenDataset}, the same as in the checkpoint and in every process."""
     stride = run.eval_stride or config.block_size
     if stride > config.block_size:
         parser.error(f"--eval_stride={stride} is above block_size={config.block_size}: tokens in "
@@ -416,11 +406,6 @@ def open_splits(run, paths, config):
         if not run.eval_only:
             splits["train"] = TokenDataset(paths["train"], config.block_size, config.vocab_size)
         splits["val"] = TokenDataset(paths["val"], config.block_size, config.vocab_size, stride)
-    return splits
-
-
-def check_same_data(run, checkpoint, splits):
-    """Stop unless the data is that of the checkpoint, and each process sees the same files."""
     found = {split: data.fingerprint for split, data in splits.items()}
     if checkpoint and found != checkpoint["data"]:
         sys.exit(f"train.py: the data set {run.dataset} has changed since the checkpoint in "
@@ -430,6 +415,7 @@ def check_same_data(run, checkpoint, splits):
     if any(other != seen[0] for other in seen):
         sys.exit(f"train.py: the processes see different files: (step of the checkpoint in "
                  f"{run.out_dir}, data) are {seen}. Put them on a disk that all machines share")
+    return splits
 
 
 @dataclass
@@ -950,15 +936,15 @@ class Log:
         if self.wandb:
             self.wandb.finish()
         try:
-            plot([run.out_dir], f"{run.out_dir}/loss.svg")
-        except (OSError, ValueError, TypeError) as error:        # the run is good all the same
-            say(f"{run.out_dir}/loss.svg was not drawn: {error}")
+            plot([run.out_dir])
+        except (SystemExit, ValueError, TypeError, OverflowError) as error:
+            say(f"loss.svg was not drawn: {error}")              # the run is good all the same
         if exit_code:
             return say(f"\nstopped at step {trainer.step}, saved in {run.out_dir}. Resume with\n"
                        f"    {resume_command()}")
         took = timedelta(seconds=int(time.monotonic() - self.began))
         say(f"\nbest validation loss {trainer.best_val_loss:.4f} (step {trainer.best_step}), {took}"
-            f" of training. The curves are in {run.out_dir}/loss.svg\n"
+            f" of training\n"
             f"Sample with\n    python sample.py {shlex.join([f'--out_dir={run.out_dir}'])}")
 
 
@@ -975,13 +961,6 @@ def read_metrics(out_dir):
     return records
 
 
-def plot_only(out_dirs):
-    path = f"{out_dirs[0]}/loss.svg" if len(out_dirs) == 1 else "comparison.svg"
-    with one_line(OSError, ValueError):
-        plot(out_dirs, path)
-    print(path)
-
-
 COLORS = ("#2f6fde", "#d9822b", "#2e9e5b", "#c23b5a", "#7d55c7", "#6b7280", "#0f9ba8", "#a3762a")
 SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font-size="12"
  font-family="sans-serif"><rect width="100%" height="100%" fill="#fff"/>
@@ -992,15 +971,15 @@ SVG = """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" font
 """
 
 
-def plot(out_dirs, path):
-    """Draw the losses of runs over their steps: training thin, validation thick. Raises ValueError
-    for a run without losses."""
+def plot(out_dirs):
+    """Draw the losses of runs over their steps: training thin, validation thick."""
+    path = f"{out_dirs[0]}/loss.svg" if len(out_dirs) == 1 else "comparison.svg"
     runs = {out_dir: read_metrics(out_dir) for out_dir in out_dirs}
     last = max((r["step"] for records in runs.values() for r in records), default=0)
     shown = [r[name] for records in runs.values() for r in records for name in ("loss", "val_loss")
              if name in r and math.isfinite(r[name]) and r["step"] >= last / 20]     # no first drop
     if not shown:
-        raise ValueError(f"{' and '.join(out_dirs)}: metrics.jsonl holds no losses to draw")
+        sys.exit(f"train.py: {' and '.join(out_dirs)}: metrics.jsonl holds no losses to draw")
     high = max(shown) + 0.05
     low = min(shown) - 0.05
     lines = ""
@@ -1022,8 +1001,9 @@ def plot(out_dirs, path):
         labels += f'<text x="64" y="{420 + 18 * i}" fill="{color}">{label}</text>'
     svg = SVG.format(height=430 + 18 * len(runs), top=-high, last=max(last, 1), span=high - low,
                      lines=lines, labels=labels)
-    with atomic_write(path) as f:
+    with one_line(OSError), atomic_write(path) as f:
         f.write(svg.encode("utf-8", "replace"))
+    say(f"The curves are in {path}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1071,7 +1051,12 @@ def start_processes(run):
         dist.init_process_group(run.backend, timeout=timedelta(hours=1), store=store,
                                 rank=own_rank, world_size=size)
     if device.type == "cpu":
-        keep_memory()
+        # glibc returns large freed blocks to the system and pays for their pages again in the next
+        # step, 7 % of it. So: none by mmap (M_MMAP_MAX = -4), keep free ones (M_TRIM_THRESHOLD).
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+        if mallopt:
+            mallopt(-4, 0)
+            mallopt(-1, 2**31 - 1)
         if is_distributed() and os.environ.get("OMP_NUM_THREADS") == "1":        # set by torchrun
             threads = max(1, os.cpu_count() // int(os.environ["LOCAL_WORLD_SIZE"]))
             torch.set_num_threads(threads)
@@ -1079,15 +1064,6 @@ def start_processes(run):
     announce("mode", mode)
     announce("device", f"{device}: {why}")
     return device
-
-
-def keep_memory():
-    """glibc returns large freed blocks to the system and pays for their pages again in the next
-    step, 7 % of it. So: none by mmap (M_MMAP_MAX = -4), keep what is free (M_TRIM_THRESHOLD)."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt:
-        mallopt(-4, 0)
-        mallopt(-1, 2**31 - 1)
 
 
 def distribute(model, fsdp, dtype):
@@ -1104,13 +1080,6 @@ def distribute(model, fsdp, dtype):
     elif is_distributed():
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
-
-
-def set_sync(net, last):
-    """Let DDP exchange gradients only in the last batch of a step. To be called before the forward
-    pass. FSDP exchanges them in every batch: else each process would keep them whole."""
-    if isinstance(net, DistributedDataParallel):
-        net.require_backward_grad_sync = last
 
 
 def whole(tensor):
@@ -1204,15 +1173,6 @@ class StopSignals:
         self.deadline = min(self.deadline, time.monotonic() + 2)
 
 
-def leave(code):
-    """End this process of a distributed run without Python's own shutdown: a thread of gloo that
-    still holds a tensor would abort it (pytorch PR 179291)."""
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     try:
         code = main() or 0
@@ -1221,5 +1181,10 @@ if __name__ == "__main__":
             raise
         sys.exit("train.py: another process of this run ended; its message says why")
     if dist.is_initialized():
-        leave(code)
+        # Without Python's own shutdown: a thread of gloo that still holds a tensor would abort it
+        # (pytorch PR 179291).
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
