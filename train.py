@@ -46,7 +46,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -553,17 +553,19 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        momentum = [self.state[p]["momentum"] for p in parameters]
-        grads = [p.grad for p in parameters]
+        momentum = [local(self.state[p]["momentum"]) for p in parameters]
+        grads = [local(p.grad) for p in parameters]
         torch._foreach_lerp_(momentum, grads, 1 - self.MOMENTUM)
         directions = torch.stack(torch._foreach_lerp(grads, momentum, self.MOMENTUM))
+        directions = gather_rows(directions, parameters[0])      # (n, R, C)
         updates = []
-        for matrices in whole(directions).split(group["sizes"] or len(grads[0]), dim=1):
+        for matrices in directions.split(group["sizes"] or directions.size(1), dim=1):
             scale = 0.2 * math.sqrt(max(matrices.shape[1:]))
             updates.append(scale * orthogonal(matrices))
-        updates = sharded_as(directions, torch.cat(updates, dim=1))
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_sub_(parameters, updates.unbind(), alpha=group["lr"])
+        updates = own_rows(torch.cat(updates, dim=1), parameters[0])
+        weights = [local(p) for p in parameters]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_sub_(weights, updates.unbind(), alpha=group["lr"])
 
 
 def orthogonal(matrices):
@@ -1087,11 +1089,25 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_as(other, tensor):
-    """A tensor that each process has whole, sharded as `other` is."""
-    if not isinstance(other, DTensor):
-        return tensor
-    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
+def local(tensor):
+    """This process's shard of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_rows(stack, p):
+    """The whole of a stack (n, rows, C) of shards of parameters like p (R, C): (n, R, C)."""
+    if not isinstance(p, DTensor):
+        return stack
+    shape = torch.Size((len(stack), *p.shape))
+    return DTensor.from_local(stack, p.device_mesh, [Shard(1)], run_check=False, shape=shape,
+                              stride=(p.numel(), p.size(1), 1)).full_tensor()
+
+
+def own_rows(stack, p):
+    """The inverse of gather_rows."""
+    if not isinstance(p, DTensor):
+        return stack
+    return distribute_tensor(stack, p.device_mesh, [Shard(1)], src_data_rank=None).to_local()
 
 
 def mean_over_processes(values, device):
