@@ -844,7 +844,11 @@ def read_pretrained(name):
                 raise ValueError(f"{twice!r:.80} is in another file of the model, too")
             tensors.update(more)
     with damage(name):
-        return config, from_file(config, tensors), []
+        check_layers(config, tensors)
+    with torch.device("meta"):
+        model = GPT2(config)
+    with damage(name):
+        return config, from_file(model, tensors), []
 
 
 @contextlib.contextmanager
@@ -856,6 +860,8 @@ def damage(path):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
+        if type(error).__name__ == "UnpicklingError":            # torch advises to run what it holds
+            reason = "it holds more than tensors and plain values, which could run code"
         raise ValueError(f"{path} is damaged, or another model: {reason:.300}") from error
 
 
@@ -880,7 +886,11 @@ def read_nanogpt(path):
         for name in tensors:
             if name.endswith(TRANSPOSED):
                 tensors[name] = tensors[name].t()
-        weights = from_file(config, tensors)
+        check_layers(config, tensors)
+    with torch.device("meta"):
+        model = GPT2(config)
+    with damage(path):
+        weights = from_file(model, tensors)
     return config, weights, ["gelu: nanoGPT computes the exact one, this model GPT-2's tanh "
                              "approximation; OpenAI's logits differ by 3e-3"]
 
@@ -940,8 +950,17 @@ def average_heads(config, tensor):
     return torch.cat((q, heads.double().mean(dim=1).flatten(0, 1).float()))
 
 
-def from_file(config, tensors):
-    """The inverse of to_file. Raises ValueError if the tensors are not those of such a model."""
+def check_layers(config, tensors):
+    """Raise ValueError for more layers than tensors: to build them would take hours."""
+    if config.n_layer > len(tensors):
+        raise ValueError(f"the config asks for {config.n_layer} layers, but there are "
+                         f"{len(tensors)} tensors")
+
+
+def from_file(model, tensors):
+    """The inverse of to_file, for a model on the meta device. Raises ValueError if the tensors are
+    not those of such a model."""
+    config = model.config
     kind = model_type(config)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     head = tensors.pop("lm_head.weight", None)
@@ -951,11 +970,6 @@ def from_file(config, tensors):
         if len(named) < len(tensors):
             raise ValueError("a tensor is there with and without transformer. before its name")
         tensors = named
-    if config.n_layer > len(tensors):                            # to build so many would take hours
-        raise ValueError(f"config.json asks for {config.n_layer} layers, the file has "
-                         f"{len(tensors)} tensors")
-    with torch.device("meta"):
-        model = GPT2(config)
     wanted = to_file(config, dict(model.named_parameters()))
     for name in sorted(wanted.keys() ^ tensors.keys()):
         raise ValueError(f"{name!r:.80} is {'missing' if name in wanted else 'unknown'}")
@@ -986,10 +1000,14 @@ def write_pretrained(folder, config, weights, tokenizer=None):
     if tokenizer is not None:
         end_of_text = tokenizer.end_of_text
         files = tokenizer.files()
-        for name in ("meta.json", "tokenizer.json"):
-            path = pathlib.Path(folder, name)
-            if path.exists() and path.read_bytes() != files.get(name):
-                raise ValueError(f"{path} is of another tokenizer: save to another folder")
+        meta = pathlib.Path(folder, "meta.json")
+        foreign = [name for name in ("tokenizer.json", "vocab.json")
+                   if os.path.exists(f"{folder}/{name}")]
+        if meta.exists():
+            foreign = json.loads(meta.read_bytes()) != tokenizer.to_json()
+        if foreign:
+            raise ValueError(f"{folder} has the files of another tokenizer, or of other software: "
+                             "save to another folder")
     files["config.json"] = json.dumps(config_to_json(config, end_of_text), indent=2).encode()
     for name, content in files.items():
         with atomic_write(f"{folder}/{name}") as f:

@@ -2822,6 +2822,15 @@ def test_a_folder_may_have_a_name_that_is_not_text(tiny):
     assert os.path.exists(f"{out}/loss.svg")
 
 
+def test_a_checkpoint_before_the_first_step_changes_no_loss(tiny):
+    """torch makes a state for an optimizer that has none, and counts it as a step."""
+    straight = tiny.train(out="straight", optimizer="adamw")
+    early = tiny.train(out="early", optimizer="adamw", always_save_checkpoint=False)
+    cut = tiny.train(out="cut", optimizer="adamw", always_save_checkpoint=False, kill_at=1)
+    assert early.losses == straight.losses
+    assert cut.resume().losses == straight.losses
+
+
 # --------------------------------------------------------------------------------------------------
 # Training: signals, and one run a folder
 
@@ -3523,6 +3532,7 @@ def damage(path, how):
 @pytest.mark.parametrize("how", ["empty", "short", "text", "a bit", "code", "list"])
 def test_a_damaged_checkpoint_is_one_line_with_the_one_before_it(cut, how):
     path = cut.out / "checkpoint.pt"
+    shutil.copy(path, cut.out / "checkpoint.previous.pt")
     values = {"code": Malicious(str(cut.out / "ran")), "list": [1]}
     if how in values:
         torch.save(values[how], path)

@@ -39,14 +39,6 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
@@ -174,6 +166,9 @@ def main():
     model = make_model(run, model_flags, checkpoint, tokenizer)
     splits = open_splits(run, paths, model.config, checkpoint)
     trainer = Trainer(run, model, tokenizer, splits, device)     # makes the optimizers, too
+    why = {"scratch": "the default from scratch", "resume": "as in the checkpoint"}
+    why = why.get(run.init_from, "the default for fine-tuning")
+    announce("optimizer", f"{run.optimizer}: {'as given' if 'optimizer' in typed else why}")
     if checkpoint:
         restore_progress(trainer, checkpoint)
     if run.eval_only:
@@ -278,8 +273,8 @@ def learning_rate(run, step):
 
 def stop_not_finite(trainer, what):
     """End a run whose loss or gradient is inf or nan."""
-    sys.exit(f"train.py: {what} is not finite. The last checkpoint is of step "
-             f"{trainer.saved_step}. Resume, or start again, with a lower rate: "
+    sys.exit(f"train.py: {what} is not finite. {trainer.last_checkpoint()}. Resume from it, or "
+             "start again, with a lower rate: "
              f"--learning_rate={trainer.run.learning_rate / 2:g}")
 
 
@@ -292,8 +287,7 @@ def resolve(typed):
 
     Returns (Run, {field of GPT2Config: value}, checkpoint to resume or None).
     """
-    if typed.get("size") in SIZES:
-        typed = {"block_size": 1024, **SIZES[typed["size"]], **typed}
+    typed = {**SIZES.get(typed.get("size"), {}), **typed}
     source = typed.get("init_from", "scratch")
     out_dir = typed.get("out_dir", Run.out_dir)
     checkpoint = None
@@ -301,8 +295,8 @@ def resolve(typed):
     if source in ("resume", "auto"):
         checkpoint = load_checkpoint(out_dir)
         if source == "resume" and checkpoint is None:
-            sys.exit(f"train.py: there is no checkpoint in {out_dir}. Name its folder with "
-                     "--out_dir, or leave out --init_from to start from scratch")
+            sys.exit(f"train.py: there is no {CHECKPOINT} in {out_dir}. Name its folder with "
+                     "--out_dir. A folder with a model alone serves as --init_from=FOLDER")
         source = "resume" if checkpoint else "scratch"
     if source == "resume":
         defaults = {f.name: f.default for f in (*fields(Run), *fields(GPT2Config))}
@@ -317,7 +311,7 @@ def resolve(typed):
         if typed.get("optimizer") == "adamw":
             recipe.update(ADAMW)
         if "size" in typed:
-            recipe.update(LARGE_MODEL)
+            recipe.update(LARGE_MODEL, block_size=1024)
         if "size" in typed and typed.get("dataset") in ("fineweb", "fineweb_edu"):
             recipe.update(FINEWEB)
     settings = {**recipe, **typed, "init_from": source}
@@ -391,7 +385,7 @@ def make_model(run, flags, checkpoint, tokenizer):
     if trained_with.to_json() != tokenizer.to_json():
         sys.exit(f"train.py: the model has {trained_with.name} tokens, vocabulary "
                  f"{trained_with.vocab_size}. The data set {run.dataset} has {tokenizer.name} "
-                 f"tokens, vocabulary {tokenizer.vocab_size}. Prepare it with those of the model")
+                 f"tokens, vocabulary {tokenizer.vocab_size}. Choose data of the same tokens")
     return model
 
 
@@ -461,6 +455,11 @@ class Trainer:
         for change in self.model.changes:
             announce("changed", change)
 
+    def last_checkpoint(self):
+        if self.saved_step is None:
+            return "There is no checkpoint of this run yet"
+        return f"The last checkpoint is of step {self.saved_step}"
+
     def autocast(self):
         """Half precision for a forward pass. FSDP has its own."""
         enabled = self.dtype != torch.float32 and not self.run.fsdp
@@ -501,8 +500,8 @@ def compile_blocks(model, flag):
 
 def make_optimizers(run, model):
     """The optimizers of a run, each for its own parameters. The learning rate is set at each step;
-    what an optimizer keeps in its `state` is saved. A parameter without requires_grad is frozen."""
-    announce("optimizer", f"{run.optimizer}: the default is muon, for fine-tuning adamw")
+    what an optimizer keeps in its `state` is saved, and its `step` takes closure=None. A parameter
+    without requires_grad is frozen."""
     rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = []
     if run.optimizer == "muon":
@@ -691,6 +690,8 @@ def benchmark(trainer, steps=10):
         if step == 2:
             began = time.perf_counter()
         train_step(trainer, signals)
+        if signals.exit_code:
+            return signals.exit_code
     if trainer.device.type != "cpu":
         torch.accelerator.synchronize()
     seconds = (time.perf_counter() - began) / steps
@@ -711,7 +712,7 @@ def peak_flops(device):
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         for gpu, flops in PEAK_FLOPS.items():
-            if re.search(rf"\b{gpu}\b", name):
+            if re.search(rf"\b{gpu}(-|$| \d)", name):           # not of a "4090 Laptop GPU"
                 return flops, f"the data sheet of {gpu}"
     a = torch.randn(4096, 4096, device=device)
     began = time.perf_counter()
@@ -753,11 +754,14 @@ def load_checkpoint(out_dir):
                 raise ValueError(f"the checksum of {wrong} is wrong")
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             unknown = (saved["run"].keys() | saved["config"].keys()) - RUN - SHAPE
-            if unknown:
-                raise ValueError(f"this version of the code does not know the flag {min(unknown)}")
     except (OSError, ValueError) as error:
-        sys.exit(f"train.py: {error}. The checkpoint before it, if there is one, is {PREVIOUS}: "
-                 f"rename it to {CHECKPOINT} to resume from there")
+        advice = ""
+        if os.path.exists(f"{out_dir}/{PREVIOUS}"):
+            advice = f". Rename {PREVIOUS} to {CHECKPOINT} to resume from the one before it"
+        sys.exit(f"train.py: {error}{advice}")
+    if unknown:
+        sys.exit(f"train.py: {path} has the flag {min(unknown)}, which this version of the code "
+                 "does not know. Resume with the version that wrote it")
     return saved
 
 
@@ -766,21 +770,28 @@ def restore_progress(trainer, checkpoint):
     for name in PROGRESS:
         setattr(trainer, name, checkpoint[name])
     trainer.saved_step = trainer.step
-    # The settings of the optimizers are those of this run's flags.
-    now = get_optimizer_state_dict(trainer.model, trainer.optimizers)
-    state = {**checkpoint["optimizers"], "param_groups": now["param_groups"]}
-    set_optimizer_state_dict(trainer.model, trainer.optimizers, state,
-                             options=StateDictOptions(full_state_dict=True))
     trainer.scaler.load_state_dict(checkpoint["scaler"])
+    if checkpoint["optimizers"] is None:                         # saved before the first step
+        return
+    # The settings of the optimizers are those of this run's flags.
+    import torch.distributed.checkpoint.state_dict as dcp  # takes a second
+    now = dcp.get_optimizer_state_dict(trainer.model, trainer.optimizers)
+    state = {**checkpoint["optimizers"], "param_groups": now["param_groups"]}
+    dcp.set_optimizer_state_dict(trainer.model, trainer.optimizers, state,
+                                 options=dcp.StateDictOptions(full_state_dict=True))
 
 
 def save_checkpoint(trainer, export):
     """Write the training state, and before it the model if `export`. Every process must call it;
     the main process writes, and holds the whole state in CPU memory."""
+    import torch.distributed.checkpoint.state_dict as dcp  # takes a second
     run = trainer.run
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(trainer.model, options=options)
-    optimizers = get_optimizer_state_dict(trainer.model, trainer.optimizers, options=options)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = dcp.get_model_state_dict(trainer.model, options=options)
+    optimizers = None                    # torch would make a state, and count it as a step
+    if all(optimizer.state for optimizer in trainer.optimizers):
+        optimizers = dcp.get_optimizer_state_dict(trainer.model, trainer.optimizers,
+                                                  options=options)
     if is_main_process():
         state = {"model": weights, "optimizers": optimizers, "scaler": trainer.scaler.state_dict(),
                  **{name: getattr(trainer, name) for name in PROGRESS},
@@ -791,11 +802,14 @@ def save_checkpoint(trainer, export):
             if export:
                 write_pretrained(run.out_dir, trainer.model.config, weights, trainer.tokenizer)
             with atomic_write(f"{run.out_dir}/{CHECKPOINT}") as f:
-                torch.save(state, f)
+                try:
+                    torch.save(state, f)
+                except RuntimeError as error:                    # so it reports a full disk
+                    raise OSError(error) from error
                 keep_previous(run.out_dir)
-        except (OSError, RuntimeError) as error:
+        except (OSError, ValueError) as error:
             sys.exit(f"train.py: the checkpoint of step {trainer.step} cannot be saved in "
-                     f"{run.out_dir}: {error}. The last one is of step {trainer.saved_step}")
+                     f"{run.out_dir}: {error}. {trainer.last_checkpoint()}")
     trainer.saved_step = trainer.step
 
 
@@ -818,7 +832,7 @@ def open_out_dir(trainer):
     with one_line(OSError):
         lock = lock_folder(out_dir)
         models = [name for name in os.listdir(out_dir)
-                  if name == "config.json" or name.endswith((".safetensors", ".pt"))]
+                  if name in ("config.json", "meta.json") or name.endswith((".safetensors", ".pt"))]
         if trainer.saved_step is None and models:
             number = 1
             while os.path.exists(f"{out_dir}-{number}"):
@@ -849,8 +863,7 @@ def resume_command():
     launcher = "python"
     if is_distributed():
         launcher = f"torchrun --standalone --nproc_per_node={world_size()}"
-    flags = [flag for flag in sys.argv[1:] if not flag.startswith("--init_from")]
-    return shlex.join([*launcher.split(), "train.py", *flags, "--init_from=resume"])
+    return shlex.join([*launcher.split(), "train.py", *sys.argv[1:], "--init_from=resume"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -898,8 +911,8 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(values) + "\n")
         except OSError as error:
-            sys.exit(f"train.py: {self.path} cannot be written: {error}. The last checkpoint is of "
-                     f"step {trainer.saved_step}")
+            sys.exit(f"train.py: {self.path} cannot be written: {error}. "
+                     f"{trainer.last_checkpoint()}")
         if self.wandb:
             self.wandb.log(values, step=trainer.step)
         if self.tensorboard:
@@ -1071,6 +1084,7 @@ def start_processes(run):
 def distribute(model, fsdp, dtype):
     """Shard the model in place with FSDP, or wrap it with DDP. Returns the module to call."""
     if fsdp:
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
         policy = MixedPrecisionPolicy()
         if dtype == torch.bfloat16:
             policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -1084,20 +1098,26 @@ def distribute(model, fsdp, dtype):
     return model
 
 
+def is_sharded(tensor):
+    """Whether this is a DTensor, which only FSDP makes."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor):
     """The whole of a tensor that may be sharded. Every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def local(tensor):
     """This process's shard of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def gather_rows(stack, p):
     """The whole of a stack (n, rows, C) of shards of parameters like p (R, C): (n, R, C)."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return stack
+    from torch.distributed.tensor import DTensor, Shard
     shape = torch.Size((len(stack), *p.shape))
     return DTensor.from_local(stack, p.device_mesh, [Shard(1)], run_check=False, shape=shape,
                               stride=(p.numel(), p.size(1), 1)).full_tensor()
@@ -1105,8 +1125,9 @@ def gather_rows(stack, p):
 
 def own_rows(stack, p):
     """The inverse of gather_rows."""
-    if not isinstance(p, DTensor):
+    if not is_sharded(p):
         return stack
+    from torch.distributed.tensor import Shard, distribute_tensor
     return distribute_tensor(stack, p.device_mesh, [Shard(1)], src_data_rank=None).to_local()
 
 

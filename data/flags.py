@@ -31,7 +31,7 @@ def flag_parser(description, *dataclasses, **defaults):
 def add_flags(parser, dataclass, only=None, **defaults):
     """Add a flag for each field. only: just these fields, and the help leaves their defaults out.
 
-    A field's metadata may hold "choices", and "bare", the value of the flag typed without one.
+    A field's metadata may hold "bare", the value of the flag typed without one.
     """
     source = inspect.getsource(dataclass)
     for field in fields(dataclass):
@@ -49,8 +49,7 @@ def add_flags(parser, dataclass, only=None, **defaults):
             text += f" [{default}]"
         parser.add_argument(
             f"--{name}", type=partial(read_value, kind, bare), metavar=kind.__name__,
-            nargs=None if bare is None else "?", const=bare, choices=field.metadata.get("choices"),
-            help=text.replace("%", "%%"))
+            nargs=None if bare is None else "?", const=bare, help=text.replace("%", "%%"))
 
 
 def comment_of(name, source):

@@ -69,8 +69,9 @@ class TokenDataset(Dataset):
             raise ValueError(f"{paths[0]} holds {self.tokens:,} tokens. A sample with block_size="
                              f"{block_size} needs {block_size + 1:,}: use --block_size="
                              f"{max(1, *targets)} or less, or more text")
-        self[0]                                                  # fails now if a token is too large
-        self[len(self) - 1]
+        for path, file in zip(paths, self.files, strict=True):   # a first look: all would take long
+            self.check(path, file[:block_size])
+            self.check(path, file[-block_size:])
 
     def __len__(self):
         return int(self.ends[-1])
@@ -81,9 +82,7 @@ class TokenDataset(Dataset):
         before = int(self.ends[f - 1]) if f else 0
         start = (i - before) * self.stride
         tokens = self.files[f][start:start + T + 1].astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            raise ValueError(f"{self.paths[f]} holds token {tokens.max()}, beyond the vocabulary "
-                             f"of {self.vocab_size}: it was made with another tokenizer")
+        self.check(self.paths[f], tokens)
         x = np.zeros(T, dtype=np.int64)
         y = np.full(T, -1)
         x[:len(tokens) - 1] = tokens[:-1]
@@ -94,6 +93,12 @@ class TokenDataset(Dataset):
         if start:
             y[:T - self.stride] = -1                             # the sample before predicts these
         return torch.from_numpy(x), torch.from_numpy(y)
+
+    def check(self, path, tokens):
+        """Raise ValueError for a token beyond the vocabulary."""
+        if tokens.max() >= self.vocab_size:
+            raise ValueError(f"{path} holds token {tokens.max()}, beyond the vocabulary of "
+                             f"{self.vocab_size}: it was made with another tokenizer")
 
     @functools.cached_property
     def fingerprint(self):

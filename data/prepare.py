@@ -338,9 +338,9 @@ def report(folder, tokens, tokenizer):
 @dataclass
 class Options:
     name: str = None            # name for your own data: train.py --dataset=NAME
-    tokenizer: str = None       # for your own data: gpt2 or char [gpt2]
-    val_frac: float = None      # fraction of your own documents for validation, 1 = all [0.1]
-    field: str = None           # field with the text in the lines of your .jsonl files [text]
+    tokenizer: str = "gpt2"     # for your own data: gpt2 or char
+    val_frac: float = 0.1       # fraction of your own documents for validation, 1 = all
+    field: str = "text"         # field with the text in the lines of your .jsonl files
     pairs: str = dataclasses.field(default=None, metadata={"bare": "prompt,completion"})
                                 # your .jsonl files hold pairs: the fields of prompt and completion,
                                 # which alone counts in the loss [prompt,completion]
