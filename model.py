@@ -860,7 +860,7 @@ def damage(path):
         raise
     except Exception as error:
         reason = " ".join(str(error).split())
-        if type(error).__name__ == "UnpicklingError":            # torch advises to run what it holds
+        if type(error).__name__ == "UnpicklingError":            # whose advice is to run the code
             reason = "it holds more than tensors and plain values, which could run code"
         raise ValueError(f"{path} is damaged, or another model: {reason:.300}") from error
 

@@ -831,8 +831,8 @@ def open_out_dir(trainer):
     out_dir = os.path.normpath(trainer.run.out_dir)
     with one_line(OSError):
         lock = lock_folder(out_dir)
-        models = [name for name in os.listdir(out_dir)
-                  if name in ("config.json", "meta.json") or name.endswith((".safetensors", ".pt"))]
+        models = [name for name in os.listdir(out_dir) if name.endswith((".safetensors", ".pt"))
+                  or name in ("config.json", "meta.json", "tokenizer.json", "vocab.json")]
         if trainer.saved_step is None and models:
             number = 1
             while os.path.exists(f"{out_dir}-{number}"):
