@@ -843,12 +843,7 @@ def read_pretrained(name):
             for twice in tensors.keys() & more.keys():
                 raise ValueError(f"{twice!r:.80} is in another file of the model, too")
             tensors.update(more)
-    with damage(name):
-        check_layers(config, tensors)
-    with torch.device("meta"):
-        model = GPT2(config)
-    with damage(name):
-        return config, from_file(model, tensors), []
+    return config, checked_weights(name, config, tensors), []
 
 
 @contextlib.contextmanager
@@ -886,11 +881,7 @@ def read_nanogpt(path):
         for name in tensors:
             if name.endswith(TRANSPOSED):
                 tensors[name] = tensors[name].t()
-        check_layers(config, tensors)
-    with torch.device("meta"):
-        model = GPT2(config)
-    with damage(path):
-        weights = from_file(model, tensors)
+    weights = checked_weights(path, config, tensors)
     return config, weights, ["gelu: nanoGPT computes the exact one, this model GPT-2's tanh "
                              "approximation; OpenAI's logits differ by 3e-3"]
 
@@ -950,11 +941,17 @@ def average_heads(config, tensor):
     return torch.cat((q, heads.double().mean(dim=1).flatten(0, 1).float()))
 
 
-def check_layers(config, tensors):
-    """Raise ValueError for more layers than tensors: to build them would take hours."""
-    if config.n_layer > len(tensors):
-        raise ValueError(f"the config asks for {config.n_layer} layers, but there are "
-                         f"{len(tensors)} tensors")
+def checked_weights(path, config, tensors):
+    """The weights of a model with this config, from the tensors of a file. Raises ValueError with
+    its path if they do not fit."""
+    with damage(path):
+        if config.n_layer > len(tensors):                        # to build so many would take hours
+            raise ValueError(f"the config asks for {config.n_layer} layers, but there are "
+                             f"{len(tensors)} tensors")
+    with torch.device("meta"):                                   # outside: a bug shows its place
+        model = GPT2(config)
+    with damage(path):
+        return from_file(model, tensors)
 
 
 def from_file(model, tensors):

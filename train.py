@@ -773,8 +773,8 @@ def restore_progress(trainer, checkpoint):
     trainer.scaler.load_state_dict(checkpoint["scaler"])
     if checkpoint["optimizers"] is None:                         # saved before the first step
         return
-    # The settings of the optimizers are those of this run's flags.
     import torch.distributed.checkpoint.state_dict as dcp  # takes a second
+    # The settings of the optimizers are those of this run's flags.
     now = dcp.get_optimizer_state_dict(trainer.model, trainer.optimizers)
     state = {**checkpoint["optimizers"], "param_groups": now["param_groups"]}
     dcp.set_optimizer_state_dict(trainer.model, trainer.optimizers, state,
